@@ -1,0 +1,94 @@
+"""Small data sets and settings that make the whole pipeline run in seconds."""
+
+import logging
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import train_pvs
+
+# A network and patches of the smallest size that the settings allow, made small by flags alone.
+TINY = (
+    "--encoder-name efficientnet-b0 --encoder-weights none --encoder-depth 3 --decoder-width 2 "
+    "--img-patch-size 16 16 16 --pix-dim 1 1 1 --crops-per-volume 2 --batch-size 1 --epochs 1 "
+    "--num-workers 0 --device cpu --head-bias-log-odds --batchnorm-momentum 0.1"
+).split()
+
+
+def save_nifti(path, data, affine=None):
+    """Write an array as NIfTI (1 mm, RAS unless an affine is given) and return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(data, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def image_path(folder, subject):
+    return folder / subject / "anat" / f"{subject}_T2w.nii.gz"
+
+
+def label_path(folder, subject):
+    return folder / "derivatives" / "mask" / subject / f"{subject}_desc-mask_PVS.nii.gz"
+
+
+def make_subject(folder, subject, shape=(24, 28, 20), seed=0):
+    """Write a bright ball in noise, with three labelled tubes in it."""
+    rng = np.random.default_rng(seed)
+    ticks = [np.linspace(-1, 1, n) for n in shape]
+    radius = np.sqrt(sum(axis**2 for axis in np.meshgrid(*ticks, indexing="ij")))
+    label = np.zeros(shape, np.int16)
+    for _ in range(3):
+        x, y, z = (int(rng.integers(n // 3, 2 * n // 3)) for n in shape)
+        label[x : x + 2, y : y + 2, z - 4 : z + 4] = 1
+    image = np.where(radius < 0.9, 400, 5) + 400 * label + rng.normal(0, 10, shape)
+    save_nifti(image_path(folder, subject), np.clip(image, 0, None).astype(np.int16))
+    save_nifti(label_path(folder, subject), label)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A BIDS folder with four subjects of 24 x 28 x 20 voxels of 1 mm."""
+    for number in range(1, 5):
+        make_subject(tmp_path / "data", f"sub-{number:03d}", seed=number)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Call main with the tiny settings; returns (status, stdout, stderr)."""
+
+    def call(*flags, data=tmp_path / "data", out=tmp_path / "out"):
+        argv = ["--data-dir", str(data), "--output-dir", str(out), *TINY, *map(str, flags)]
+        try:
+            status = train_pvs.main(argv)
+        except SystemExit as error:  # argparse's own
+            status = error.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def messages(caplog):
+    """The script's log records, although they do not propagate."""
+    log = logging.getLogger("train_pvs")
+    log.addHandler(caplog.handler)
+    log.setLevel(logging.INFO)
+    yield caplog
+    log.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def tiny_config():
+    """Return a function that gives the tiny Config with overrides."""
+
+    def make(**overrides):
+        argv = ["--data-dir", "data", "--output-dir", "out", *TINY]
+        cfg, _ = train_pvs.parse_command_line(argv)
+        return train_pvs.replace(cfg, **overrides)
+
+    return make
