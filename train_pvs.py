@@ -14,6 +14,7 @@ import argparse
 import functools
 import gzip
 import hashlib
+import http.client
 import importlib.metadata
 import io
 import json
@@ -24,6 +25,7 @@ import pickle
 import platform
 import re
 import shutil
+import struct
 import sys
 import time
 import warnings
@@ -141,14 +143,16 @@ RECIPES = {  # named overrides of Config, chosen with --recipe
         "TEST_FRACTION": 0.25,
         "VAL_FRACTION": 0.16,
         "PIX_DIM": (1.0, 1.0, 1.0),
-        "IMG_PATCH_SIZE": (32, 32, 32),
+        "IMG_PATCH_SIZE": (24, 24, 24),
+        "CROPS_PER_VOLUME": 8,
+        "POS_NEG_RATIO": 3.0,
         "ENCODER_NAME": "efficientnet-b0",
         "ENCODER_WEIGHTS": "none",
         "ENCODER_DEPTH": 3,
         "DECODER_WIDTH": 8,
-        "BATCHNORM_MOMENTUM": 0.1,
+        "BATCHNORM_MOMENTUM": 0.3,
         "HEAD_BIAS_LOG_ODDS": True,
-        "EPOCHS": 20,
+        "EPOCHS": 22,
         "BATCH_SIZE": 1,
         "LR": 5e-3,
         "LR_PATIENCE": 0,
@@ -802,13 +806,16 @@ def encoder_weights_file(cfg):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256_start, sys.stderr.isatty())
-        except (OSError, RuntimeError) as error:  # no network, wrong hash
+        except (OSError, RuntimeError, http.client.HTTPException) as error:  # or a wrong hash
             raise ValueError(
                 f"ENCODER_WEIGHTS: the ImageNet weights could not be downloaded ({error}).\n"
                 f"Either fetch {url}\nelsewhere and put it at {path},\n"
                 "or start from random weights with --encoder-weights none."
             ) from None
     return path
+
+
+UNPICKLE_ERRORS = (pickle.UnpicklingError, struct.error)  # of torch.load on damaged files
 
 
 def load_encoder_weights(encoder, path):
@@ -824,7 +831,7 @@ def load_encoder_weights(encoder, path):
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         state["_conv_stem.weight"] = state["_conv_stem.weight"].sum(1, keepdim=True)
         encoder.load_state_dict(state)
-    except (*READ_ERRORS, RuntimeError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+    except (*READ_ERRORS, RuntimeError, LookupError, AttributeError, *UNPICKLE_ERRORS) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{path}: expected the state dict of a 2D EfficientNet as ENCODER_NAME says; it is "
@@ -836,9 +843,10 @@ def load_encoder_weights(encoder, path):
 def start_at_log_odds(model, cases, cfg):
     """Set the output's bias so that the first prediction is the training masks' mean."""
     entries = [load_cached(case, cfg) for case in cases]
+    total = sum(entry["label"].numel() for entry in entries)
     labelled = sum(len(entry["foreground"]) for entry in entries)
-    fraction = max(labelled, 1) / sum(entry["label"].numel() for entry in entries)
-    nn.init.constant_(model.segmentation_head[0].bias, math.log(fraction / (1 - fraction)))
+    labelled = min(max(labelled, 1), total - 1)
+    nn.init.constant_(model.segmentation_head[0].bias, math.log(labelled / (total - labelled)))
 
 
 # -------------------------------------------------------------------------------- Loss and metrics
@@ -850,7 +858,7 @@ loss_function = DiceCELoss(
     sigmoid=True, batch=True, smooth_nr=1, smooth_dr=1, lambda_dice=0.5, lambda_ce=0.5
 )
 
-METRICS = ("dice", "iou", "precision", "recall")
+METRICS = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
 
 
 def calculate_metrics(pred, label):
@@ -1201,7 +1209,7 @@ def draw_multi_plane(path, volumes, row, cfg):
             f"prediction, {slices[2].sum()} voxels",
         )
         draw_row(line, slices, titles, plane, cfg.PIX_DIM)
-    scores = "   ".join(f"{name.replace('iou', 'IoU')} {row[name]:.3f}" for name in METRICS)
+    scores = "   ".join(f"{METRICS[name]} {row[name]:.3f}" for name in METRICS)
     counts = f"{row['label_voxels']} voxels in the ground truth, {row['pred_voxels']} predicted"
     title = f"{row['name']}   {scores}\n{counts}; {describe_grid(cfg)}\n{data_set_name(cfg)}"
     write_figure(path, figure, title)
@@ -1238,6 +1246,7 @@ def draw_training_curves(path, history, cfg):
             points = [(row["epoch"], row[key]) for row in history if row[key] is not None]
             ax.plot(*zip(*points, strict=True), ".-", label=names[key.split("_")[0]])
         ax.set(title=title, xlabel="epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()
         ax.grid(alpha=0.3)
     axes[1].set_ylim(0, 1)
@@ -1311,7 +1320,7 @@ def draw_tube(occupancy, centre, axis, length, radius, bend):
 def draw_tubes(rng, where, count):
     """Return the occupancy of tubes like PVS, centred in the mask `where` and kept within it.
 
-    They are 5-18 mm long and 1.5-3 mm wide and point to the head's centre within some 25 degrees.
+    They are 5-18 mm long and 1.8-3 mm wide and point to the head's centre within some 25 degrees.
     """
     occupancy, middle = np.zeros(where.shape, np.float32), (np.array(where.shape) - 1) / 2
     candidates = np.argwhere(where)
@@ -1320,7 +1329,7 @@ def draw_tubes(rng, where, count):
         axis = inward + 0.3 * rng.standard_normal(3)
         axis /= np.linalg.norm(axis)
         length, bend = rng.uniform(5, 18), np.cross(axis, rng.standard_normal(3))
-        diameter = np.clip(rng.lognormal(np.log(2.2), 0.2), 1.5, 3)
+        diameter = np.clip(rng.lognormal(np.log(2.6), 0.15), 1.8, 3)
         draw_tube(occupancy, centre, axis, length, diameter / 2, 0.08 * length * bend)
     return occupancy * ndimage.binary_dilation(where, iterations=1)
 
@@ -1333,7 +1342,7 @@ def simulate_head(rng, shape=DEMO_SHAPE):
     """
     image, white, basal = simulate_tissue(rng, shape)
     pvs = draw_tubes(rng, white, rng.integers(60, 120))
-    unlabelled = draw_tubes(rng, basal, rng.integers(4, 10))
+    unlabelled = draw_tubes(rng, basal, rng.integers(2, 6))
     spots, candidates = np.zeros(shape, np.float32), np.argwhere(white)
     for centre in candidates[rng.integers(len(candidates), size=rng.integers(3, 9))]:
         spots[tuple(centre)] = rng.uniform(30, 80)  # a peak of 0.25 to 0.65 after smoothing
@@ -1342,7 +1351,7 @@ def simulate_head(rng, shape=DEMO_SHAPE):
         contrast = rng.uniform(1.8, 2.1) * (1 + 0.08 * smooth_noise(rng, shape, 10))
         image += (contrast - image) * occupancy
     image *= 1 + 0.08 * np.clip(smooth_noise(rng, shape, 30), -2, 2)  # the coil's bias field
-    noise = rng.standard_normal((2, *shape)) / rng.uniform(18, 30)  # Rician
+    noise = rng.standard_normal((2, *shape)) / rng.uniform(25, 40)  # Rician
     image = np.hypot(image + noise[0], noise[1]) * rng.uniform(300, 500)
     return image.astype(np.int16), (pvs > 0.5).astype(np.uint8)
 
@@ -1350,14 +1359,21 @@ def simulate_head(rng, shape=DEMO_SHAPE):
 def make_demo_data(folder, seed):
     """Make the demo's BIDS data set, laid out as ds005595, unless it is there.
 
-    The description holds the seed and is written last: another or an unfinished set is remade.
+    The full description, with the seed, is written last: another or an unfinished set is remade.
+
+    Raises:
+        ValueError: the folder holds data that the demo has not made.
     """
     folder, maker = Path(folder), {"Name": "train_pvs.py --demo", "Version": f"1, seed {seed}"}
     description = {"Name": DEMO_NAME, "BIDSVersion": "1.9.0", "GeneratedBy": [maker]}
     marker = folder / "dataset_description.json"
-    if marker.exists() and json.loads(marker.read_text()) == description:
+    found = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {}
+    if found == description:
         return
+    if folder.exists() and any(folder.iterdir()) and found.get("Name") != DEMO_NAME:
+        raise ValueError(f"{folder}: holds other data than the demo's; choose another --output-dir")
     shutil.rmtree(folder, ignore_errors=True)
+    write_json(marker, {"Name": DEMO_NAME})
     affine = nib.affines.from_matvec(np.eye(3), -(np.array(DEMO_SHAPE) - 1) / 2)
     for number in Progress(range(DEMO_SUBJECTS), "simulating heads"):
         subject = f"sub-{number + 1:03d}"
@@ -1367,7 +1383,7 @@ def make_demo_data(folder, seed):
         for name, volume in zip(names, volumes, strict=True):
             nifti = nib.Nifti1Image(volume, affine)
             nifti.header.set_xyzt_units("mm")
-            write_file(folder / name, gzip.compress(nifti.to_bytes(), 3))
+            write_file(folder / name, gzip.compress(nifti.to_bytes(), 3, mtime=0))
     write_json(marker, description)
 
 
@@ -1434,11 +1450,18 @@ def log_plan(cfg, model, split):
     log.info("Output folder   %s", Path(cfg.OUTPUT_DIR).resolve())
 
 
+RESULTS = (
+    "checkpoints/best_model.pth logs/training_history.json logs/comprehensive_test_metrics.json "
+    "multi_plane/sub-*.png test_set_visualization_grid_300dpi.jpg training_curves.jpg"
+).split()
+
+
 def train_and_test(model, cfg, split):
     """Fit, reload the best weights, test and draw; return whether any PVS were learned."""
     out = Path(cfg.OUTPUT_DIR)
-    for old in (out / "checkpoints", out / "multi_plane"):
-        shutil.rmtree(old, ignore_errors=True)  # of a run that --overwrite gives up
+    for pattern in RESULTS:  # of an unfinished run, or of one that --overwrite gives up
+        for path in out.glob(pattern):
+            path.unlink()
     subjects = {part: sorted({c["subject"] for c in cases}) for part, cases in split.items()}
     write_json(out / "logs" / "split.json", subjects)
     model.to(choose_device(cfg))
@@ -1474,6 +1497,9 @@ def main(argv=None):
         except (ValueError, FileNotFoundError) as error:  # what the user can set right
             log.error("Error: %s", error)
             return 2
+        except torch.OutOfMemoryError as error:
+            log.error("Error: %s\nLower BATCH_SIZE, CROPS_PER_VOLUME or IMG_PATCH_SIZE.", error)
+            return 1
         except (FloatingPointError, OSError) as error:  # the work failed
             log.error("Error: %s", error)
             return 1

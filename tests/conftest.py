@@ -73,9 +73,10 @@ def run(tmp_path, capsys):
 
 
 @pytest.fixture
-def messages(caplog):
-    """The script's log records, although they do not propagate."""
+def messages(caplog, monkeypatch):
+    """The script's log records, each once, although they do not propagate."""
     log = logging.getLogger("train_pvs")
+    monkeypatch.setattr(log, "propagate", False)
     log.addHandler(caplog.handler)
     log.setLevel(logging.INFO)
     yield caplog

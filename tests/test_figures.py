@@ -1,0 +1,224 @@
+"""What the pictures show, and how they are stored."""
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+import train_pvs
+
+SCORES = {"dice": 0.4, "iou": 0.25, "precision": 1 / 3, "recall": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def all_figures_closed():
+    """Fail where a figure stays open: hundreds of test cases would fill the memory."""
+    yield
+    assert plt.get_fignums() == []
+
+
+@pytest.fixture
+def cfg(tiny_config, tmp_path):
+    description = {"Name": "Simulated heads of a test"}
+    (tmp_path / "dataset_description.json").write_text(json.dumps(description))
+    return tiny_config(DATA_DIR=str(tmp_path))
+
+
+def make_row(name="sub-007", **scores):
+    counts = {"label_voxels": 576, "pred_voxels": 32}
+    return {"name": name, "subject": name} | SCORES | counts | scores
+
+
+def make_volumes(shape=(24, 24, 8)):
+    """Return a grey image, a box in its middle as the label, and its corner as the prediction."""
+    label, pred = np.zeros((2, *shape), bool)
+    label[6:18, 6:18, 2:6] = True
+    pred[6:10, 6:10, 2:4] = True
+    return np.full(shape, 0.5, np.float32), label, pred
+
+
+def coloured(path):
+    """Return where the pixels of a picture are red, and where they are green."""
+    red, green, blue = np.asarray(Image.open(path).convert("RGB")).astype(int).transpose(2, 0, 1)
+    return (red > 150) & (green < 120) & (blue < 120), (green > 150) & (red < 120) & (blue < 120)
+
+
+def columns(mask):
+    """Return the first and the last column of a picture with such a pixel, as fractions."""
+    places = np.flatnonzero(mask.any(0))
+    return places[0] / mask.shape[1], places[-1] / mask.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("plane", "marker", "expected"),
+    [
+        # A RAS volume of 5 x 6 x 7 voxels. The marker is at its right, front or top end, else in
+        # the middle; expected is (row, column) with row 0 at the bottom of the picture.
+        ("axial", (4, 3, 3), (3, 0)),  # right: at the left of 5 columns
+        ("axial", (2, 5, 3), (5, 2)),  # front: the highest of 6 rows
+        ("coronal", (4, 3, 3), (3, 0)),
+        ("coronal", (2, 3, 6), (6, 2)),  # top: the highest of 7 rows
+        ("sagittal", (2, 5, 3), (3, 0)),  # front: at the left of 6 columns
+        ("sagittal", (2, 3, 6), (6, 2)),
+    ],
+)
+def test_slices_are_shown_as_radiologists_look_at_them(plane, marker, expected):
+    volume, axis = np.zeros((5, 6, 7)), train_pvs.PLANES[plane]
+    volume[marker] = 1
+    shown = train_pvs.display_slice(volume, axis, marker[axis])
+    assert np.argwhere(shown).tolist() == [list(expected)]
+
+
+@pytest.mark.parametrize(
+    ("plane", "sides"), [("axial", ["R", "L"]), ("coronal", ["R", "L"]), ("sagittal", ["A", "P"])]
+)
+def test_panels_name_the_sides_and_have_row_0_at_the_bottom(plane, sides):
+    figure, ax = plt.subplots()
+    train_pvs.draw_panel(ax, np.zeros((4, 5)), np.zeros((4, 5), bool), train_pvs.RED, plane)
+    texts = sorted(ax.texts, key=lambda text: text.get_position()[0])
+    assert [text.get_text() for text in texts] == sides
+    assert ax.get_ylim() == (-0.5, 3.5)
+    plt.close(figure)
+
+
+def test_slice_shown_has_most_labelled_voxels_else_most_predicted_else_is_the_middle():
+    label, pred = np.zeros((2, 5, 6, 7), bool)
+    assert train_pvs.busiest_slice(label, pred, 2) == 3
+    assert train_pvs.busiest_slice(label, pred, 0) == 2
+    pred[1, 2:5, 6] = True
+    assert train_pvs.busiest_slice(label, pred, 2) == 6
+    label[4, 4, 1] = label[:2, 3, 5] = True  # one voxel in slice 1, two in slice 5
+    assert train_pvs.busiest_slice(label, pred, 2) == 5
+    assert train_pvs.busiest_slice(label, pred, 1) == 3
+
+
+def test_multi_plane_figure_has_300_dpi_and_its_colours_in_their_panels(tmp_path, cfg):
+    path = tmp_path / "multi_plane" / "sub-007.png"
+    train_pvs.draw_multi_plane(path, make_volumes(), make_row(), cfg)
+    picture = Image.open(path)
+    assert picture.info["dpi"] == pytest.approx((300, 300), abs=0.01)  # PNG counts per metre
+    assert picture.size == (2700, 3000)  # 9 x 10 inches
+    assert picture.convert("RGBA").getchannel("A").getextrema() == (255, 255)  # not transparent
+    red, green = coloured(path)
+    assert 1 / 3 < columns(red)[0] < columns(red)[1] < 2 / 3
+    assert columns(green)[0] > 2 / 3
+
+
+def test_voxels_that_are_not_cubes_are_drawn_in_their_true_proportions(tmp_path, cfg):
+    # The label is 12 x 12 x 4 voxels of 1 x 1 x 3 mm, a cube: a square in all three planes.
+    cfg = train_pvs.replace(cfg, PIX_DIM=(1.0, 1.0, 3.0))
+    train_pvs.draw_multi_plane(tmp_path / "a.png", make_volumes(), make_row(), cfg)
+    components, _ = ndimage.label(coloured(tmp_path / "a.png")[0])
+    boxes = [[s.stop - s.start for s in box] for box in ndimage.find_objects(components)]
+    boxes = [(high, wide) for high, wide in boxes if high > 100]
+    assert len(boxes) == 3
+    for high, wide in boxes:
+        assert high == pytest.approx(wide, rel=0.02)
+
+
+def test_multi_plane_title_holds_subject_scores_counts_grid_and_origin(monkeypatch, cfg):
+    titles = []
+
+    def write_figure(path, figure, title):
+        titles.append(title)
+        plt.close(figure)
+
+    monkeypatch.setattr(train_pvs, "write_figure", write_figure)
+    train_pvs.draw_multi_plane("a.png", make_volumes(), make_row(), cfg)
+    for words in (
+        "sub-007",
+        "Dice 0.400",
+        "IoU 0.250",
+        "precision 0.333",
+        "recall 0.500",
+        "576 voxels in the ground truth, 32 predicted",
+        "working grid, RAS, 1 x 1 x 1 mm",
+        "Simulated heads of a test",
+    ):
+        assert words in titles[0]
+
+
+def axial_slices():
+    return [volume[..., 2] for volume in make_volumes()]
+
+
+def test_grid_of_one_test_case_has_300_dpi_and_its_colours_in_their_panels(tmp_path, cfg):
+    path = tmp_path / "grid.jpg"
+    train_pvs.draw_test_grid(path, [make_row()], [axial_slices()], cfg)
+    picture = Image.open(path)
+    assert (picture.format, picture.mode, picture.info["dpi"]) == ("JPEG", "RGB", (300, 300))
+    assert picture.size[0] == 2700
+    red, green = coloured(path)
+    assert 1 / 3 < columns(red)[0] < columns(red)[1] < 2 / 3
+    assert columns(green)[0] > 2 / 3
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (3, [0, 1, 2]),
+        (10, range(10)),
+        # 10 places from 0 to 11, 11/9 = 1.22 apart: 0, 1.22, 2.44, 3.67, 4.89, 6.11, ...
+        (12, [0, 1, 2, 4, 5, 6, 7, 9, 10, 11]),
+    ],
+)
+def test_grid_shows_up_to_ten_cases_spread_from_worst_to_best_dice(
+    count, expected, monkeypatch, cfg
+):
+    drawn, titles = [], []
+
+    def write_figure(path, figure, title):
+        titles.append((title, len(figure.axes)))
+        plt.close(figure)
+
+    monkeypatch.setattr(train_pvs, "draw_row", lambda axes, slices, words, *_: drawn.append(words))
+    monkeypatch.setattr(train_pvs, "write_figure", write_figure)
+    ranks = np.random.default_rng(0).permutation(count).tolist()
+    rows = [make_row(f"sub-{rank}", dice=rank / 20) for rank in ranks]
+    train_pvs.draw_test_grid("grid.jpg", rows, count * [axial_slices()], cfg)
+    assert [name for name, *_ in drawn] == [f"sub-{rank}" for rank in expected]
+    assert [words[2] for words in drawn] == [
+        f"prediction, Dice of the volume {rank / 20:.3f}" for rank in expected
+    ]
+    assert titles[0][1] == 3 * len(expected)
+    assert f"{len(expected)} of {count} test cases" in titles[0][0]
+    assert "Simulated heads of a test" in titles[0][0]
+
+
+def make_history():
+    keys = ("epoch", "train_loss", "train_dice", "val_loss", "val_dice", "lr")
+    rows = (
+        (1, 0.8, 0.0, 0.7, 0.1, 1e-3),
+        (2, 0.6, 0.3, None, None, 1e-3),
+        (3, 0.5, 0.4, 0.6, 0.2, 5e-4),
+    )
+    return [dict(zip(keys, row, strict=True)) for row in rows]
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_training_curves_are_a_300_dpi_picture(epochs, tmp_path, cfg):
+    train_pvs.draw_training_curves(tmp_path / "curves.jpg", make_history()[:epochs], cfg)
+    picture = Image.open(tmp_path / "curves.jpg")
+    assert (picture.format, picture.mode, picture.info["dpi"]) == ("JPEG", "RGB", (300, 300))
+    picture.load()  # whole
+
+
+def test_training_curves_leave_out_epochs_without_validation(monkeypatch, cfg):
+    lines = []
+
+    def write_figure(path, figure, title):
+        lines.extend(line.get_xydata().tolist() for ax in figure.axes for line in ax.lines)
+        plt.close(figure)
+
+    monkeypatch.setattr(train_pvs, "write_figure", write_figure)
+    train_pvs.draw_training_curves("curves.jpg", make_history(), cfg)
+    assert lines == [
+        [[1, 0.8], [2, 0.6], [3, 0.5]],
+        [[1, 0.7], [3, 0.6]],
+        [[1, 0.0], [2, 0.3], [3, 0.4]],
+        [[1, 0.1], [3, 0.2]],
+        [[1, 1e-3], [2, 1e-3], [3, 5e-4]],
+    ]
