@@ -139,11 +139,13 @@ def test_mask_more_than_half_a_voxel_off_is_named(data, run):
 
 
 def test_mask_a_fifth_of_a_voxel_off_gives_a_warning(data, run, tmp_path):
-    path, affine = label_path(data, "sub-001"), np.eye(4)
-    affine[0, 3] = 0.2
-    before = run("--check", out=tmp_path / "before")
+    # Stretched by 0.2 over its 23 mm. On a grid of 0.485 mm this alone would make it a voxel longer
+    # than the scan: 23 / 0.485 is 47.4, and 23.2 / 0.485 is 47.8.
+    path, affine, flags = label_path(data, "sub-001"), np.eye(4), ("--pix-dim", 0.485, 1, 1)
+    affine[0, 0] += 0.2 / 23
+    before = run("--check", *flags, out=tmp_path / "before")
     save_nifti(path, array_of(path), affine)
-    status, out, _ = run("--check")
+    status, out, _ = run("--check", *flags)
     assert (before[0], status) == (0, 0)
     assert "Warning" not in before[1]
     assert f"{path}: its affine puts corners 0.20 voxels" in out

@@ -130,7 +130,7 @@ def test_dice_of_0_is_warned_of_once(dice, times, fit, messages):
     fit(lambda epoch: dice, EPOCHS=55)
     warnings = [r.getMessage() for r in messages.records if r.levelname == "WARNING"]
     assert len(warnings) == times
-    assert all("the validation Dice is still 0" in warning for warning in warnings)
+    assert all("validation Dice is still 0" in warning for warning in warnings)
 
 
 def test_best_weights_are_written_after_the_first_epoch_and_where_the_dice_improves(
@@ -170,7 +170,7 @@ def test_validation_is_in_the_first_every_third_and_the_last_epoch(fit, tmp_path
 @pytest.fixture
 def no_test(monkeypatch):
     """Leave out what follows the training."""
-    monkeypatch.setattr(train_pvs, "test", lambda *_: None)
+    monkeypatch.setattr(train_pvs, "evaluate", lambda *_: None)
     monkeypatch.setattr(train_pvs, "draw_training_curves", lambda *_: None)
 
 
@@ -226,7 +226,7 @@ def test_weights_of_the_best_epoch_are_tested_and_not_those_of_the_last(
         return 1.0, 0.5 / epoch
 
     monkeypatch.setattr(train_pvs, "validate", validate)
-    monkeypatch.setattr(train_pvs, "test", lambda model, *_: tested.append(model.state_dict()))
+    monkeypatch.setattr(train_pvs, "evaluate", lambda model, *_: tested.append(model.state_dict()))
     assert run("--epochs", 2)[0] == 0
     name = "segmentation_head.0.weight"
     assert torch.equal(tested[0][name], seen[0][name])

@@ -46,7 +46,7 @@ def test_head_is_found_in_rician_noise():
 
 
 def test_smaller_bright_part_does_not_belong_to_the_head():
-    head, coil = ball((40, 40, 40), 12), ball((40, 40, 40), 3, (36, 36, 36))
+    head, coil = ball((40, 40, 40), 12), ball((40, 40, 40), 3, (4, 4, 4))
     found = train_pvs.head_mask((400.0 * head + 2000 * coil)[None])[0]
     assert np.array_equal(found, ndimage.binary_opening(head))
 
@@ -307,6 +307,18 @@ def test_augmentation_keeps_image_and_label_aligned(monkeypatch, tiny_config):
     scores = [dice(p["image"] > 0.5, p["label"] > 0) for p in patches if p["label"].sum() > 200]
     assert len(scores) >= 8
     assert min(scores) > 0.8
+
+
+@pytest.mark.parametrize("kind", [mt.RandAffined, mt.RandSmoothDeformd])
+def test_each_spatial_transform_moves_the_label_with_the_image(monkeypatch, tiny_config, kind):
+    # Of a volume of the patch's size the label is the same in every patch but for the transform.
+    label = np.broadcast_to(np.arange(64)[:, None, None] // 4 % 2 == 1, (64, 64, 64)).copy()
+    cfg = tiny_config(IMG_PATCH_SIZE=(64, 64, 64))
+    dataset = patches_of(monkeypatch, cfg, label, label)
+    force(dataset, kind)
+    for patch in dataset[1, 0]:
+        moved = patch["label"] > 0
+        assert dice(moved, torch.from_numpy(label)[None]) < 0.98 < dice(patch["image"] > 0.5, moved)
 
 
 def test_rotation_tilts_a_rod_by_15_degrees_an_axis_at_most(monkeypatch, tiny_config):
