@@ -142,11 +142,12 @@ RECIPES = {  # named overrides of Config, chosen with --recipe
         "ENCODER_NAME": "efficientnet-b0",
         "ENCODER_WEIGHTS": "none",
         "ENCODER_DEPTH": 3,
+        "DECODER_WIDTH": 8,
         "BATCHNORM_MOMENTUM": 0.1,
         "HEAD_BIAS_LOG_ODDS": True,
         "EPOCHS": 18,
         "BATCH_SIZE": 1,
-        "LR": 4e-3,
+        "LR": 5e-3,
         "LR_PATIENCE": 0,
         "VAL_EVERY": 2,
         "SW_OVERLAP": 0.25,
@@ -1392,9 +1393,9 @@ def simulate_head(rng, shape=DEMO_SHAPE):
         spots[tuple(centre)] = rng.uniform(30, 80)  # a peak of 0.25 to 0.65 after smoothing
     image += ndimage.gaussian_filter(spots, 2)
     for occupancy in (pvs, unlabelled):
-        contrast = rng.uniform(1.8, 2.1) * (1 + 0.08 * smooth_noise(rng, shape, 10))
+        contrast = rng.uniform(1.95, 2.1) * (1 + 0.04 * smooth_noise(rng, shape, 10))
         image += (contrast - image) * occupancy
-    image *= 1 + 0.08 * np.clip(smooth_noise(rng, shape, 30), -2, 2)  # the coil's bias field
+    image *= 1 + 0.05 * np.clip(smooth_noise(rng, shape, 30), -2, 2)  # the coil's bias field
     noise = rng.standard_normal((2, *shape)) / rng.uniform(25, 40)  # Rician
     image = np.hypot(image + noise[0], noise[1]) * rng.uniform(300, 500)
     return image.astype(np.int16), (pvs > 0.5).astype(np.uint8)

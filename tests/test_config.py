@@ -87,7 +87,7 @@ def test_flag_wins_over_recipe_and_recipe_over_config():
     flags = ["--epochs", "7", "--no-head-bias-log-odds", "--pix-dim", "2", "1", "0.7"]
     cfg, options = train_pvs.parse_command_line(["--recipe", "demo", *flags])
     assert (cfg.EPOCHS, cfg.HEAD_BIAS_LOG_ODDS, cfg.PIX_DIM) == (7, False, (2.0, 1.0, 0.7))
-    assert (cfg.LR, cfg.ENCODER_DEPTH) == (4e-3, 3)  # the recipe's
+    assert (cfg.LR, cfg.ENCODER_DEPTH) == (5e-3, 3)  # the recipe's
     assert cfg.WEIGHT_DECAY == 1e-5  # Config's
     assert options.recipe == "demo"
 
