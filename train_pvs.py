@@ -747,7 +747,8 @@ def prepare_cases(cases, cfg):
         else:
             log.warning("Warning: left out, empty mask: %s", case["label"])
     if not kept:
-        raise ValueError(f"{cfg.DATA_DIR}: all masks are empty; see LABEL_GLOB")
+        expected = "expected masks with voxels above 0, all are empty (see LABEL_GLOB)"
+        raise ValueError(f"{cfg.DATA_DIR}: {expected}")
     spacings = sorted({" x ".join(f"{mm:g}" for mm in report["spacing"]) for report in reports})
     log.info("Native grid     %s mm", ", ".join(spacings))
     return kept
