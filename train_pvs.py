@@ -280,6 +280,11 @@ def choose_device(cfg):
     return torch.device(fastest if cfg.DEVICE == "auto" else cfg.DEVICE)
 
 
+def worker_count(cfg):
+    """Return NUM_WORKERS, but no more than there are processors."""
+    return min(cfg.NUM_WORKERS, os.cpu_count() or 1)
+
+
 def autocast_dtype(device, cfg):
     """Return the number format of the network's arithmetic; float32 means no autocast."""
     if device.type == "cuda" and cfg.AMP:
@@ -389,11 +394,9 @@ def find_cases(cfg):
         list of {"subject": "sub-001", "name": "sub-001[_ses-1..]", "image": path, "label": path}
 
     Raises:
-        FileNotFoundError: no data folder, no scan or no mask; says how to get the data.
+        FileNotFoundError: no scan or no mask; says how to get the data.
         ValueError: lists masks without a scan, and masks or scans with more than one partner.
     """
-    if not Path(cfg.DATA_DIR).is_dir():
-        raise FileNotFoundError(f"{cfg.DATA_DIR}: no such folder (DATA_DIR)\n{HOW_TO_GET_DATA}")
     images = find_files(cfg.DATA_DIR, cfg.IMAGE_GLOB)
     labels = find_files(cfg.DATA_DIR, cfg.LABEL_GLOB)
     if not images or not labels:
@@ -725,7 +728,7 @@ def prepare_cases(cases, cfg):
     """
     prepare, kept = functools.partial(prepare_case, cfg=cfg), []
     # Each case is a batch of its own; collate_fn runs in the workers.
-    loader = DataLoader(cases, batch_size=None, collate_fn=prepare, num_workers=cfg.NUM_WORKERS)
+    loader = DataLoader(cases, batch_size=None, collate_fn=prepare, num_workers=worker_count(cfg))
     reports = list(Progress(loader, "checking and caching"))
     raise_problems(
         [problem for report in reports for problem in report["problems"]],
@@ -792,7 +795,7 @@ def build_train_loader(cases, cfg, device):
         TrainingPatches(cases, cfg),
         batch_size=cfg.BATCH_SIZE,
         sampler=EpochSampler(len(cases), cfg.SEED),
-        num_workers=cfg.NUM_WORKERS,
+        num_workers=worker_count(cfg),
         collate_fn=list_data_collate,
         pin_memory=device.type == "cuda",
         persistent_workers=cfg.NUM_WORKERS > 0,
@@ -1545,6 +1548,8 @@ def set_up(argv):
         ValueError, FileNotFoundError: what the user can set right, told in full.
     """
     cfg, options = parse_command_line(argv)
+    if not (options.demo or Path(cfg.DATA_DIR).is_dir()):
+        raise FileNotFoundError(f"{cfg.DATA_DIR}: no such folder (DATA_DIR)\n{HOW_TO_GET_DATA}")
     open_output_folder(cfg, options)
     log_settings(cfg, options)
     if options.demo:

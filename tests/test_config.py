@@ -240,6 +240,7 @@ def test_no_data_says_how_to_get_them(run, tmp_path, exists):
     for word in (str(tmp_path / "data"), "aws s3", "openneuro-py", "datalad", "--demo"):
         assert word in err
     assert "Traceback" not in err
+    assert (tmp_path / "out").exists() == exists  # nothing is made for a folder that is not there
 
 
 # ------------------------------------------------------------------------------------- arithmetic
