@@ -3,14 +3,17 @@
     python train_pvs.py --data-dir DIR   train, test and draw on a BIDS folder such as ds005595
     python train_pvs.py --check          look the data over, print what a run would use, stop
     python train_pvs.py --demo           the whole pipeline on simulated heads: CPU, minutes
+    python train_pvs.py --evaluate       test and draw again from the best weights
+    python train_pvs.py --predict SCAN   segment new scans, files or BIDS folders
 
 The file reads in the order of a run: Config > Data > Transforms > Model > Loss and metrics >
 Inference > Checkpoints > Training > Evaluation > Figures > Demo data > Main. Two grids occur: the
 *native grid* of a scan file, and the *working grid* (RAS, `PIX_DIM`, cropped to the head) on which
-the network lives. All scores are on the working grid.
+the network lives. Every score names its grid.
 """
 
 import argparse
+import csv
 import functools
 import gzip
 import hashlib
@@ -43,7 +46,8 @@ from monai import transforms as mt
 from monai.data import MetaTensor, list_data_collate
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
-from scipy import ndimage
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+from scipy import ndimage, stats
 from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -56,6 +60,8 @@ with warnings.catch_warnings():  # its timm 0.9.7 imports what is deprecated
 matplotlib.use("Agg")  # figures go to files; no screen is needed
 import matplotlib.pyplot as plt
 
+# MONAI 1.6 warns of an argument that it passes itself.
+warnings.filterwarnings("ignore", ".*always_return_as_numpy.*", FutureWarning)
 log = logging.getLogger("train_pvs")
 
 # ------------------------------------------------------------------------------------------ Config
@@ -104,6 +110,7 @@ class Config:
     # Inference
     SW_OVERLAP: float = 0.5  # of neighbouring windows, fraction of the patch
     SW_BATCH_SIZE: int = 4  # windows at once
+    SAVE_PROBABILITIES: bool = False  # as float32 NIfTI files beside the predicted masks
     # Machine
     DEVICE: str = "auto"  # auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...
     AMP: bool = True  # bfloat16 or float16 autocast where the hardware gains from it
@@ -155,6 +162,12 @@ RECIPES = {  # named overrides of Config, chosen with --recipe
     },
 }
 
+# What --evaluate and --predict may change; all other settings are those of the checkpoint.
+NOT_OF_CHECKPOINT = (
+    *("DATA_DIR", "OUTPUT_DIR", "CACHE_DIR", "IMAGE_GLOB", "LABEL_GLOB"),
+    *("SW_BATCH_SIZE", "SAVE_PROBABILITIES", "DEVICE", "AMP", "NUM_WORKERS"),
+)
+
 HOW_TO_GET_DATA = """\
 To get OpenNeuro ds005595 (200 subjects, 4 GB, CC0), one of:
   aws s3 sync --no-sign-request s3://openneuro.org/ds005595 ds005595-1.0.0
@@ -171,11 +184,18 @@ def build_parser():
         epilog="Exit status: 0 done, 1 failed or nothing learned, 2 wrong input, 130 interrupted.",
         allow_abbrev=False,
     )
+    command = parser.add_mutually_exclusive_group()
     for flag, text in {
         "--check": "look the data over, print what a run would use, stop",
-        "--overwrite": "replace the results in the output folder",
+        "--evaluate": "test and draw again; with another --data-dir, score all its masked scans",
     }.items():
-        parser.add_argument(flag, action="store_true", help=text)
+        command.add_argument(flag, action="store_true", help=text)
+    text = "segment new scans: files, or BIDS folders; nothing is trained"
+    command.add_argument("--predict", nargs="+", metavar="SCAN", help=text)
+    text = "weights for --evaluate and --predict; default: OUTPUT_DIR/checkpoints/best_model.pth"
+    parser.add_argument("--checkpoint", metavar="FILE", help=text)
+    text = "replace the results in the output folder"
+    parser.add_argument("--overwrite", action="store_true", help=text)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--recipe", choices=RECIPES, default="published", help="set of settings")
     demo = "recipe demo, on simulated heads that it makes itself"
@@ -214,7 +234,10 @@ def parse_command_line(argv):
     options.recipe = "demo" if options.demo else options.recipe
     settings = dict(RECIPES[options.recipe])
     given = {name: value for name, value in vars(options).items() if name.isupper()}
-    settings |= {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    options.given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    settings |= options.given
+    if options.checkpoint and not (options.evaluate or options.predict):
+        problems.append("--checkpoint: expected together with --evaluate or --predict")
     if options.demo:
         if "DATA_DIR" in settings:
             problems.append("DATA_DIR: --demo makes its data; for your own use --recipe demo")
@@ -353,6 +376,7 @@ def write_torch(path, content):
 # -------------------------------------------------------------------------------------------- Data
 
 BOTH = ("image", "label")  # the volumes of a case
+NIFTI = (".nii", ".nii.gz")
 
 
 def bids_entities(path):
@@ -361,27 +385,37 @@ def bids_entities(path):
     return dict(part.split("-", 1) for part in stem.split("_") if "-" in part)
 
 
+def name_case(path):
+    """Return {"subject": "sub-01", "name": "sub-01[_ses-1..]", "image": path} of a scan file.
+
+    The name holds all entities but `desc` and `label`; where there is no `sub`, the letters and
+    digits of the file name make one.
+    """
+    entities = bids_entities(path)
+    entities.setdefault("sub", Path(path).name.split(".nii")[0])
+    order = ["sub", *(k for k in entities if k not in ("sub", "desc", "label"))]
+    words = [f"{key}-{re.sub('[^0-9A-Za-z]', '', entities[key])}" for key in order]
+    return {"subject": words[0], "name": "_".join(words), "image": str(path)}
+
+
 def raise_problems(problems, remedy):
     """Raise one ValueError that lists all problems and ends with what to do; none, no error."""
     if problems:
         title = f"{len(problems)} problem{'s' * (len(problems) > 1)} in the data:"
-        raise ValueError("\n  ".join([title, *problems]) + f"\n{remedy} Nothing was trained.")
+        raise ValueError("\n  ".join([title, *problems]) + f"\n{remedy} Nothing was done.")
 
 
 def find_files(folder, pattern):
     """Return the NIfTI files below `folder` that fit the glob, sorted.
 
     Raises:
-        ValueError: no usable pattern, or files whose names hold no sub- entity; lists them.
+        ValueError: no usable pattern.
     """
     try:
         found = sorted(Path(folder).glob(pattern))
     except ValueError as error:
         raise ValueError(f"{pattern}: expected a pattern for files ({error})") from None
-    files = [path for path in found if path.name.endswith((".nii", ".nii.gz"))]
-    nameless = [f"{p}: expected a name with sub-" for p in files if "sub" not in bids_entities(p)]
-    raise_problems(nameless, "Rename files, or narrow IMAGE_GLOB and LABEL_GLOB.")
-    return files
+    return [path for path in found if path.name.endswith(NIFTI)]
 
 
 def find_cases(cfg):
@@ -395,7 +429,8 @@ def find_cases(cfg):
 
     Raises:
         FileNotFoundError: no scan or no mask; says how to get the data.
-        ValueError: lists masks without a scan, and masks or scans with more than one partner.
+        ValueError: lists names without sub-, masks without a scan, and masks or scans with more
+            than one partner.
     """
     images = find_files(cfg.DATA_DIR, cfg.IMAGE_GLOB)
     labels = find_files(cfg.DATA_DIR, cfg.LABEL_GLOB)
@@ -403,6 +438,9 @@ def find_cases(cfg):
         found = f"{len(images)} scans {cfg.IMAGE_GLOB}, {len(labels)} masks {cfg.LABEL_GLOB}"
         expected = f"{cfg.DATA_DIR}: expected scans and masks, found {found}"
         raise FileNotFoundError(f"{expected}\n{HOW_TO_GET_DATA}")
+    remedy = "Remove or rename files, or narrow IMAGE_GLOB and LABEL_GLOB."
+    nameless = [path for path in images + labels if "sub" not in bids_entities(path)]
+    raise_problems([f"{path}: expected a name with sub-" for path in nameless], remedy)
     problems, masks_of = [], {image: [] for image in images}
     for label in labels:
         wanted = {k: v for k, v in bids_entities(label).items() if k not in ("desc", "label")}
@@ -418,17 +456,40 @@ def find_cases(cfg):
             problems.append(f"{image}: expected one mask for this scan, found {found}")
         if not masks:
             log.warning("Warning: left out, no mask: %s", image)
-    raise_problems(problems, "Remove or rename files, or narrow IMAGE_GLOB and LABEL_GLOB.")
+    raise_problems(problems, remedy)
     return [
-        {
-            "subject": f"sub-{bids_entities(image)['sub']}",
-            "name": image.name.split(".nii")[0].removesuffix("_T2w"),
-            "image": str(image),
-            "label": str(masks[0]),
-        }
-        for image, masks in masks_of.items()
-        if masks
+        name_case(image) | {"label": str(masks[0])} for image, masks in masks_of.items() if masks
     ]
+
+
+def find_scans(words, cfg):
+    """Return the cases (without a label) of files and BIDS folders that are to be segmented.
+
+    Raises:
+        ValueError: lists what is no scan, folders without scans, and scans whose predictions would
+            bear one name.
+    """
+    paths, problems = [], []
+    for word in words:
+        found = [Path(word)] if word.endswith(NIFTI) and Path(word).is_file() else []
+        if Path(word).is_dir():
+            found = find_files(word, cfg.IMAGE_GLOB)
+            problems += [] if found else [f"{word}: expected scans {cfg.IMAGE_GLOB} in the folder"]
+        elif not found:
+            problems.append(f"{word}: expected a .nii or .nii.gz file, or a BIDS folder")
+        paths += found
+    scans_of = {}
+    for path in paths:
+        case = name_case(path)
+        scans_of.setdefault(case["name"], []).append(case)
+        if not case["subject"].removeprefix("sub-"):
+            problems.append(f"{path}: expected letters or digits in the name")
+    for name, scans in scans_of.items():
+        if len(scans) > 1:
+            clash = " and ".join(scan["image"] for scan in scans)
+            problems.append(f"{clash}: expected names that differ, both would give {name}")
+    raise_problems(problems, "Name each scan once, and predict scans of equal names separately.")
+    return [scan for scans in scans_of.values() for scan in scans]
 
 
 READ_ERRORS = (  # of nibabel and gzip on damaged files
@@ -459,6 +520,12 @@ def read_header(path):
     if not np.isfinite(volume.affine).all() or abs(np.linalg.det(linear)) < 1e-9:
         raise ValueError(f"{path}: expected an affine that can be inverted, got {linear.tolist()}")
     return volume, shape
+
+
+def ras_spacing(affine):
+    """Return the voxel's sides (mm) along the axes that lie next to right, front and top."""
+    order = np.argsort(nib.io_orientation(affine)[:, 0])
+    return nib.affines.voxel_sizes(affine)[order].round(4).tolist()
 
 
 def affine_displacement(affine, other, shape):
@@ -572,7 +639,7 @@ def read_split(path, subjects):
 
 # -------------------------------------------------------------------------------------- Transforms
 
-CACHE_VERSION = 1  # raise it with a change of the deterministic transforms: older entries expire
+CACHE_VERSION = 2  # raise it with a change of the deterministic transforms: older entries expire
 BACKGROUND_SAMPLE = 100_000  # voxels kept as centres of negative patches; all would take 8 B each
 INTERPOLATION = ("bilinear", "nearest")
 
@@ -657,13 +724,42 @@ def load_cached(case, cfg):
     return torch.load(cache_path(case, cfg), mmap=True, weights_only=True)
 
 
+def to_working_grid(volumes, cfg):
+    """Transform the MetaTensors (1, X, Y, Z) of an image and, where there is one, its label.
+
+    Returns:
+        image (1, H, W, D) float16 in [0, 1] and label (1, H, W, D) uint8; affine, native_affine
+        (4, 4) and native_shape, with which `to_native_grid` goes back
+    """
+    native = {"native_affine": volumes["image"].affine.clone()}
+    native["native_shape"] = tuple(volumes["image"].shape[1:])
+    volumes = build_transforms(cfg)(volumes)
+    working = {"affine": volumes["image"].affine, "image": volumes["image"].as_tensor().half()}
+    if "label" in volumes:
+        working["label"] = volumes["label"].as_tensor().to(torch.uint8)
+    return native | working
+
+
+def to_native_grid(volume, entry):
+    """Return a volume (1, H, W, D) of the working grid on the scan's own grid (1, X, Y, Z).
+
+    Linear interpolation between the voxel centres; 0 outside the working grid. The two affines
+    hold all that was done: orientation, spacing, crop and padding.
+    """
+    resample = mt.SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
+    volume = MetaTensor(volume, affine=entry["affine"])
+    target = {"dst_affine": entry["native_affine"], "spatial_size": entry["native_shape"]}
+    return resample(volume, **target).as_tensor()
+
+
 def build_cache_entry(case, cfg):
     """Read, check and transform one case.
 
     Returns:
-        image (1, H, W, D) float16 and label (1, H, W, D) uint8 on the working grid, foreground
-        and background: int32 flat indices of all labelled voxels and of a seeded sample of the
-        others, native_voxels: labelled on the native grid, native_spacing: mm
+        the working-grid volumes and affines of `to_working_grid`; foreground and background: int32
+        flat indices of all labelled voxels and of a seeded sample of the others; native_voxels:
+        labelled on the native grid; native_spacing: mm, of the axes next to right, front and top;
+        roundtrip_dice: native Dice of the label taken to the working grid and back
 
     Raises:
         ValueError: a line for each file that is damaged, not finite, or not of whole numbers.
@@ -680,17 +776,17 @@ def build_cache_entry(case, cfg):
     if problems:
         raise ValueError("\n".join(problems))
     label.affine = volumes["image"].affine  # check_headers bounds the difference
-    spacing = nib.affines.voxel_sizes(label.affine.numpy()).round(4).tolist()
-    entry = {"native_voxels": int((label > 0).sum()), "native_spacing": spacing}
-    volumes = build_transforms(cfg)(volumes)
-    image, label = (volumes[key].as_tensor() for key in BOTH)
-    background = (label == 0).flatten().nonzero().flatten().to(torch.int32)
+    entry, native_label = to_working_grid(volumes, cfg), label[0].as_tensor() > 0
+    back = to_native_grid(entry["label"].float(), entry)[0] > 0.5  # as a probability
+    both = {"ignore_empty": False}  # two empty masks: 1, and not NaN
+    background = (entry["label"] == 0).flatten().nonzero().flatten().to(torch.int32)
     order = torch.randperm(len(background), generator=torch.Generator().manual_seed(cfg.SEED))
     return entry | {
-        "image": image.to(torch.float16),
-        "label": label.to(torch.uint8),
-        "foreground": label.flatten().nonzero().flatten().to(torch.int32),
+        "foreground": entry["label"].flatten().nonzero().flatten().to(torch.int32),
         "background": background[order[:BACKGROUND_SAMPLE]],
+        "native_voxels": int(native_label.sum()),
+        "native_spacing": ras_spacing(label.affine.numpy()),
+        "roundtrip_dice": float(compute_dice(back[None, None], native_label[None, None], **both)),
     }
 
 
@@ -699,7 +795,7 @@ def prepare_case(case, cfg):
 
     Returns:
         {"problems": sentences, "warnings": sentences, "failure": of writing, or "", and where all
-        is well "voxels": labelled on the native and on the working grid, "spacing": native, mm}
+        is well "native", "working": labelled voxels, native_spacing, roundtrip_dice}
     """
     problems, cautions = check_headers(case)
     report = {"problems": problems, "warnings": cautions, "failure": ""}
@@ -713,20 +809,56 @@ def prepare_case(case, cfg):
     except OSError as error:  # told by the parent: a worker's own error is a traceback
         return report | {"failure": str(error)}
     entry = load_cached(case, cfg)
-    voxels = [entry["native_voxels"], len(entry["foreground"])]
-    return report | {"voxels": voxels, "spacing": entry["native_spacing"]}
+    voxels = {"native": entry["native_voxels"], "working": len(entry["foreground"])}
+    return report | voxels | {key: entry[key] for key in ("native_spacing", "roundtrip_dice")}
 
 
-def prepare_cases(cases, cfg):
-    """Check every voxel of all cases and cache them, in one pass; return those with PVS.
+def log_grids(reports, cfg):
+    """Print the scans' spacing and what the working grid alone costs the masks."""
+    spacings = [report["native_spacing"] for report in reports]
+    words = sorted({" x ".join(f"{mm:g}" for mm in spacing) for spacing in spacings})
+    log.info("Native grid     %s mm", ", ".join(words))
+    dices = [report["roundtrip_dice"] for report in reports]
+    numbers = f"{np.mean(dices):.3f} ({min(dices):.3f} to {max(dices):.3f})"
+    log.info("Round trip      %s: native Dice of masks taken to the working grid and back", numbers)
+    finest = np.median(spacings, axis=0)
+    if (np.array(cfg.PIX_DIM) > 1.01 * finest).any():
+        log.warning(
+            "Warning: a voxel of the working grid has %.1f times the volume of a scan's. Thin PVS "
+            "are lost, see Round trip; --pix-dim %s avoids it.",
+            *(np.prod(cfg.PIX_DIM) / np.prod(finest), " ".join(f"{mm:g}" for mm in finest)),
+        )
 
-    Masks that are empty, or are so on the working grid, are logged and left out.
+
+def keep_with_pvs(cases, reports, cfg):
+    """Return the cases with PVS on the working grid; log those that are left out.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kept = []
+    for case, report in zip(cases, reports, strict=True):
+        if report["working"]:
+            kept.append(case)
+        elif report["native"]:
+            lost = f"its {report['native']} voxels vanish on the working grid"
+            log.warning("Warning: left out, %s: %s", lost, case["label"])
+        else:
+            log.warning("Warning: left out, empty mask: %s", case["label"])
+    if not kept:
+        expected = "expected masks with voxels above 0, all are empty (see LABEL_GLOB)"
+        raise ValueError(f"{cfg.DATA_DIR}: {expected}")
+    return kept
+
+
+def prepare_cases(cases, cfg, keep_empty=False):
+    """Check every voxel of all cases and cache them, in one pass; return those with PVS, or all.
 
     Raises:
         ValueError: lists everything that is wrong with the files; or no mask has PVS.
         OSError: the cache cannot be written.
     """
-    prepare, kept = functools.partial(prepare_case, cfg=cfg), []
+    prepare = functools.partial(prepare_case, cfg=cfg)
     # Each case is a batch of its own; collate_fn runs in the workers.
     loader = DataLoader(cases, batch_size=None, collate_fn=prepare, num_workers=worker_count(cfg))
     reports = list(Progress(loader, "checking and caching"))
@@ -736,25 +868,10 @@ def prepare_cases(cases, cfg):
     )
     for failure in filter(None, (report["failure"] for report in reports)):
         raise OSError(f"{failure}\nFree space, or choose another folder with --cache-dir.")
-    for case, report in zip(cases, reports, strict=True):
-        for warning in report["warnings"]:
-            log.warning("Warning: %s", warning)
-        native, working = report["voxels"]
-        if working:
-            kept.append(case)
-        elif native:
-            log.warning(
-                "Warning: left out, its %d voxels vanish on the working grid: %s",
-                *(native, case["label"]),
-            )
-        else:
-            log.warning("Warning: left out, empty mask: %s", case["label"])
-    if not kept:
-        expected = "expected masks with voxels above 0, all are empty (see LABEL_GLOB)"
-        raise ValueError(f"{cfg.DATA_DIR}: {expected}")
-    spacings = sorted({" x ".join(f"{mm:g}" for mm in report["spacing"]) for report in reports})
-    log.info("Native grid     %s mm", ", ".join(spacings))
-    return kept
+    for warning in (warning for report in reports for warning in report["warnings"]):
+        log.warning("Warning: %s", warning)
+    log_grids(reports, cfg)
+    return cases if keep_empty else keep_with_pvs(cases, reports, cfg)
 
 
 class TrainingPatches(Dataset):
@@ -901,20 +1018,81 @@ loss_function = DiceCELoss(
 )
 
 METRICS = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
+EMPTY_MASKS = (  # so that neither a missed nor an invented finding drops out of a mean
+    "Ground truth and prediction both empty: dice, iou, precision, recall, sensitivity, f1 and nsd "
+    "are 1, hd95 is 0. One of them empty: these are 0, hd95 is the diagonal of the scan. "
+    "An error in percent of an empty ground truth is undefined (null)."
+)
 
 
 def calculate_metrics(pred, label):
-    """Return {"dice", "iou", "precision", "recall"} in [0, 1] of two binary masks of one shape.
-
-    Both empty: all are 1, nothing was there and nothing was found. One of them empty: all are 0,
-    so that neither a missed nor an invented finding drops out of a mean.
-    """
+    """Return {"dice", "iou", "precision", "recall"} of two binary masks; see EMPTY_MASKS."""
     pred, label = torch.as_tensor(pred).bool(), torch.as_tensor(label).bool()
     hits, found, true = (int(mask.sum()) for mask in (pred & label, pred, label))
     if found == 0 or true == 0:
         return dict.fromkeys(METRICS, float(found == true))
     scores = 2 * hits / (found + true), hits / (found + true - hits), hits / found, hits / true
     return dict(zip(METRICS, scores, strict=True))
+
+
+TOUCHING = np.ones((3, 3, 3))  # voxels of one PVS share a face, an edge or a corner
+LESION_RULES = {"any": "any overlap", "iou": "IoU above 0.1"}  # what makes a PVS found
+
+
+def calculate_lesion_metrics(pred, label):
+    """Compare the 26-connected components (PVS) of two masks (X, Y, Z).
+
+    A PVS counts as matched where any voxel of it lies in the other mask ("any"), or where its best
+    single counterpart has an IoU above 0.1 ("iou"). Each side is counted on its own, so that no
+    ratio exceeds 1, however PVS are split or merged. See EMPTY_MASKS.
+
+    Returns:
+        {"count_label", "count_pred"} and for both rules "matched_label_", "matched_pred_",
+        "lesion_sensitivity_", "lesion_precision_", "lesion_f1_"
+    """
+    (true, true_count), (found, found_count) = (ndimage.label(m, TOUCHING) for m in (label, pred))
+    true_sizes, found_sizes = np.bincount(true.ravel()), np.bincount(found.ravel())
+    overlap = (true > 0) & (found > 0)
+    pairs = np.stack([true[overlap], found[overlap]])
+    (true_ids, found_ids), hits = np.unique(pairs, axis=1, return_counts=True)
+    iou = hits / (true_sizes[true_ids] + found_sizes[found_ids] - hits)
+    row = {"count_label": true_count, "count_pred": found_count}
+    for rule, matches in {"any": iou > 0, "iou": iou > 0.1}.items():
+        matched_label = len(np.unique(true_ids[matches]))
+        matched_pred = len(np.unique(found_ids[matches]))
+        both_empty = float(true_count == found_count == 0)
+        sensitivity = matched_label / true_count if true_count else both_empty
+        precision = matched_pred / found_count if found_count else both_empty
+        row[f"matched_label_{rule}"], row[f"matched_pred_{rule}"] = matched_label, matched_pred
+        row[f"lesion_sensitivity_{rule}"], row[f"lesion_precision_{rule}"] = sensitivity, precision
+        total = sensitivity + precision
+        row[f"lesion_f1_{rule}"] = 2 * sensitivity * precision / total if total else 0.0
+    return row
+
+
+def calculate_boundary_metrics(pred, label, spacing):
+    """Compare the surfaces of two masks (X, Y, Z) of voxels with sides `spacing` (mm).
+
+    Normalised surface Dice at a tolerance of the largest voxel side and of 1 mm (Nikolov et al.
+    2021, 10.2196/26151), and the 95th percentile of the Hausdorff distance (mm), of surface
+    voxels. One mask empty is the worst case, see EMPTY_MASKS: MONAI's own NaN would drop out.
+
+    Returns:
+        {"nsd_voxel", "nsd_1mm", "hd95_mm", "worst_case"}
+    """
+    if not pred.any() or not label.any():
+        same, diagonal = not (pred.any() or label.any()), np.linalg.norm(spacing * pred.shape)
+        row = {"nsd_voxel": float(same), "nsd_1mm": float(same)}
+        return row | {"hd95_mm": 0.0 if same else float(diagonal), "worst_case": not same}
+    masks = [torch.from_numpy(mask)[None, None] for mask in (pred, label)]
+    settings = {"include_background": True, "spacing": [float(mm) for mm in spacing]}
+    row = {}
+    for name, tolerance in {"nsd_voxel": max(spacing), "nsd_1mm": 1}.items():
+        # A hair more, since a shift of one voxel comes out as one voxel only up to rounding.
+        threshold = {"class_thresholds": [float(tolerance) * 1.0001], "use_subvoxels": True}
+        row[name] = float(compute_surface_dice(*masks, **settings, **threshold))
+    row["hd95_mm"] = float(compute_hausdorff_distance(*masks, percentile=95, **settings))
+    return row | {"worst_case": False}
 
 
 # --------------------------------------------------------------------------------------- Inference
@@ -934,7 +1112,7 @@ def network_input(image, device, cfg):
 
 
 @torch.inference_mode()
-def predict_case(model, image, cfg):
+def predict_logits(model, image, cfg):
     """Return the logits (1, 1, H, W, D) float32 of a volume (1, H, W, D), both on the working grid.
 
     Windows of IMG_PATCH_SIZE overlap and are blended with Gaussian weights; a smaller volume is
@@ -957,6 +1135,19 @@ def predict_case(model, image, cfg):
     )
 
 
+THRESHOLD = 0.5  # a probability above it is PVS
+
+
+def predict_case(model, entry, cfg):
+    """Return the probabilities of PVS on the working grid (H, W, D) and the native grid (X, Y, Z).
+
+    `entry` holds the image and affines of `to_working_grid`. Both are float32 arrays. The
+    probability goes to the native grid, not the mask: what it says between voxels is kept.
+    """
+    prob = torch.sigmoid(predict_logits(model, entry["image"], cfg)[0])
+    return prob[0].cpu().numpy(), to_native_grid(prob, entry)[0].cpu().numpy()
+
+
 # ------------------------------------------------------------------------------------- Checkpoints
 
 
@@ -967,18 +1158,86 @@ def package_versions():
     return {"python": platform.python_version()} | versions
 
 
-def save_checkpoint(path, model, cfg, row):
-    """Write the weights with the Config, the grid, the versions and the epoch's row of history."""
+def save_checkpoint(path, model, cfg, split, row):
+    """Write the weights with all that using them takes.
+
+    Config, working grid, package versions, the epoch's row of history, and the split: by part,
+    every scan's name and the size of its file, from which scans of the training are known again.
+    """
     grid = {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
     content = {"model": model.state_dict(), "config": asdict(cfg), "working_grid": grid}
-    write_torch(path, content | {"history_row": row, "versions": package_versions()})
+    sizes = {
+        part: {case["name"]: os.stat(case["image"]).st_size for case in cases}
+        for part, cases in split.items()
+    }
+    content |= {"split": sizes, "history_row": row, "versions": package_versions()}
+    write_torch(path, content)
 
 
-def load_checkpoint(path, model):
-    """Load a checkpoint's weights into `model` and return the rest of its content."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(content.pop("model"))
-    return content
+def read_checkpoint(path):
+    """Return the content of a checkpoint file.
+
+    Raises:
+        ValueError: missing, damaged or not of this script; names the file.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        expected = {"model", "config", "split", "history_row"}
+        if not isinstance(content, dict) or not expected <= set(content):
+            raise TypeError("other content")
+        return content
+    except FileNotFoundError:
+        expected = "expected a checkpoint; train first, or name one with --checkpoint"
+        raise ValueError(f"{path}: no such file, {expected}") from None
+    except (*READ_ERRORS, RuntimeError, LookupError, AttributeError, *UNPICKLE_ERRORS) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path}: expected a checkpoint of this script, damaged or of another ({reason})"
+        ) from None
+
+
+def load_weights(model, content, path):
+    """Load a checkpoint's weights into `model`.
+
+    Raises:
+        ValueError: they are of another network; names the file.
+    """
+    try:
+        model.load_state_dict(content["model"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path}: its weights do not fit the network it names ({reason})"
+        ) from None
+
+
+def restore_config(content, cfg, given):
+    """Return the checkpoint's Config with what may differ from it taken from `cfg`.
+
+    `given` are the settings of the command line. The data's place is the checkpoint's unless given;
+    folder of the results, cache and machine are those of `cfg`.
+
+    Raises:
+        ValueError: settings are given that only training could change; or the checkpoint has
+            settings that Config has not.
+    """
+    known = {field.name for field in fields(Config)}
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}
+    problems = [f"{name}: in the checkpoint, unknown here" for name in sorted(set(saved) - known)]
+    for name, value in given.items():
+        if name not in NOT_OF_CHECKPOINT and value != saved.get(name, value):
+            problems.append(
+                f"{name}: the checkpoint has {saved[name]}, only training can change it"
+            )
+    of_data = ("DATA_DIR", "IMAGE_GLOB", "LABEL_GLOB")
+    here = {name: getattr(cfg, name) for name in NOT_OF_CHECKPOINT if name not in of_data}
+    here |= {name: given[name] for name in of_data if name in given}
+    known_here = {name: value for name, value in (saved | here).items() if name in known}
+    restored = replace(Config(), **known_here)
+    problems += check_config(replace(restored, SPLIT="", ENCODER_WEIGHTS="none"))  # not used again
+    if problems:
+        raise ValueError("wrong settings:\n  " + "\n  ".join(problems))
+    return restored
 
 
 # ---------------------------------------------------------------------------------------- Training
@@ -1047,7 +1306,7 @@ def validate(model, cases, cfg, epoch):
     losses, dices = [], []
     for case in Progress(cases, f"epoch {epoch}, validation"):
         entry = load_cached(case, cfg)
-        logits, label = predict_case(model, entry["image"], cfg).cpu(), entry["label"][None]
+        logits, label = predict_logits(model, entry["image"], cfg).cpu(), entry["label"][None]
         loss = loss_function(logits, label.float())
         losses.append(check_finite(loss, epoch, [case["name"]]))
         dices.append(calculate_metrics(logits > 0, label)["dice"])
@@ -1102,7 +1361,7 @@ def fit(model, cfg, split):
         improved = row["val_dice"] is not None and row["val_dice"] > best_dice
         if improved:
             best_dice, waited = row["val_dice"], 0
-            save_checkpoint(out / "checkpoints" / "best_model.pth", model, cfg, row)
+            save_checkpoint(out / "checkpoints" / "best_model.pth", model, cfg, split, row)
         write_json(out / "logs" / "training_history.json", history)
         log_epoch(history, improved, cfg)
         if epoch == 50 and best_dice == 0:
@@ -1145,64 +1404,263 @@ def data_set_name(cfg):
         return Path(cfg.DATA_DIR).resolve().name
 
 
-def evaluate(model, cfg, cases):
-    """Score every test case on the working grid; write the scores and figures, print a table."""
-    out, rows, slices = Path(cfg.OUTPUT_DIR), [], []
-    for case in Progress(cases, "testing"):
-        entry = load_cached(case, cfg)
-        pred = (predict_case(model, entry["image"], cfg)[0, 0] > 0).cpu().numpy()
-        image, label = entry["image"][0].float().numpy(), entry["label"][0].numpy() > 0
-        row = {"name": case["name"], "subject": case["subject"]} | calculate_metrics(pred, label)
-        row |= {"label_voxels": int(label.sum()), "pred_voxels": int(pred.sum())}
-        rows.append(row)
-        index = busiest_slice(label, pred, PLANES["axial"])
-        volumes = (image, label, pred)
-        slices.append([display_slice(v, PLANES["axial"], index).copy() for v in volumes])
-        draw_multi_plane(out / "multi_plane" / f"{case['name']}.png", volumes, row, cfg)
-    write_test_metrics(out / "logs" / "comprehensive_test_metrics.json", rows, model, cfg)
-    draw_test_grid(out / "test_set_visualization_grid_300dpi.jpg", rows, slices, cfg)
-    log_test_table(rows, cfg)
+def score_case(case, entry, working_pred, pred, label):
+    """Return a case's scores as one flat row.
+
+    `working_pred` (H, W, D) on the working grid; `pred` and `label` (X, Y, Z) on the native grid,
+    the label as its file has it; all bool.
+    """
+    affine, working_label = entry["native_affine"].numpy(), entry["label"][0].numpy() > 0
+    row = {"name": case["name"], "subject": case["subject"]}
+    row |= calculate_metrics(working_pred, working_label)
+    row |= {"label_voxels": int(working_label.sum()), "pred_voxels": int(working_pred.sum())}
+    row |= {f"native_{name}": score for name, score in calculate_metrics(pred, label).items()}
+    row |= {"roundtrip_dice": entry["roundtrip_dice"]} | calculate_lesion_metrics(pred, label)
+    for side, mask in {"label": label, "pred": pred}.items():
+        row[f"volume_ml_{side}"] = volume_ml(mask, affine)
+    for burden in ("count", "volume_ml"):
+        true, error = row[f"{burden}_label"], row[f"{burden}_pred"] - row[f"{burden}_label"]
+        row[f"{burden}_error"] = error
+        row[f"{burden}_error_percent"] = 100 * error / true if true else None
+    return row | calculate_boundary_metrics(pred, label, nib.affines.voxel_sizes(affine))
 
 
-def write_test_metrics(path, rows, model, cfg):
-    """Write means and standard deviations (ddof 0) and each case's scores, with their origin."""
+def volume_ml(mask, affine):
+    """Return the volume of a mask's voxels."""
+    return float(mask.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000)
+
+
+def bootstrap_interval(statistic, samples, seed):
+    """Return the bootstrap's 95 % confidence interval [low, high] over subjects, seeded.
+
+    `statistic` takes arrays of paired values and an axis. [None, None] where it is undefined: below
+    two subjects, or where resamples of so few subjects leave it undefined.
+    """
+    if len(samples[0]) < 2:
+        return [None, None]
+    settings = {"paired": True, "n_resamples": 10_000, "vectorized": True}
+    for method in ("BCa", "percentile"):  # BCa is undefined where all values are equal
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            rng = np.random.default_rng(seed)
+            result = stats.bootstrap(samples, statistic, method=method, rng=rng, **settings)
+        interval = [float(limit) for limit in result.confidence_interval]
+        if np.isfinite(interval).all():
+            return interval
+    return [None, None]
+
+
+SUMMARY = ("mean", "sd", "median", "q1", "q3", "ci95")
+
+
+def summarise(values, seed):
+    """Return the SUMMARY (SD with ddof 0) of the values that are not None, and how many are."""
+    known = np.array([value for value in values if value is not None], dtype=float)
+    summary = dict.fromkeys(SUMMARY)
+    if len(known):
+        numbers = [known.mean(), known.std(), *np.percentile(known, (50, 25, 75))]
+        summary = dict(zip(SUMMARY, map(float, numbers), strict=False))
+        summary["ci95"] = bootstrap_interval(np.mean, (known,), seed)
+    return summary | {"n": len(known), "undefined": len(values) - len(known)}
+
+
+def pearson_r(label, pred, axis=-1):
+    """Return Pearson's correlation; NaN where one side is constant."""
+    return stats.pearsonr(label, pred, axis=axis).statistic
+
+
+def lin_ccc(label, pred, axis=-1):
+    """Return Lin's concordance correlation (Lin 1989, 10.2307/2532051)."""
+    means = [values.mean(axis, keepdims=True) for values in (label, pred)]
+    covariance = ((label - means[0]) * (pred - means[1])).mean(axis)
+    shift = (means[0] - means[1]).squeeze(axis)
+    return 2 * covariance / (label.var(axis) + pred.var(axis) + shift**2)
+
+
+def agreement(label, pred, seed):
+    """Return how two measurements of the same subjects agree.
+
+    Pearson's r and Lin's concordance with their intervals, the Bland-Altman bias (prediction minus
+    ground truth) and its limits of agreement, 1.96 SD (ddof 1) around it (Bland and Altman 1986,
+    10.1016/S0140-6736(86)90837-8). All None below 3 subjects.
+    """
+    label, pred = np.array(label, dtype=float), np.array(pred, dtype=float)
+    result = dict.fromkeys(("pearson_r", "pearson_r_ci95", "lin_ccc", "lin_ccc_ci95"))
+    result |= dict.fromkeys(("bias", "limits_of_agreement"))
+    if len(label) < 3:
+        return result
+    for name, statistic in {"pearson_r": pearson_r, "lin_ccc": lin_ccc}.items():
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore", stats.ConstantInputWarning)
+            value = float(statistic(label, pred))
+        result[name] = value if math.isfinite(value) else None
+        result[f"{name}_ci95"] = bootstrap_interval(statistic, (label, pred), seed)
+    error = pred - label
+    reach = 1.96 * error.std(ddof=1)
+    limits = [float(error.mean() - reach), float(error.mean() + reach)]
+    return result | {"bias": float(error.mean()), "limits_of_agreement": limits}
+
+
+def aggregate(rows, cfg):
+    """Return the blocks of summaries over the rows of all test cases."""
+
+    def block(*keys, prefix=""):
+        return {key: summarise([row[prefix + key] for row in rows], cfg.SEED) for key in keys}
+
+    def total(key):
+        return sum(row[key] for row in rows)
+
+    sides = {key: total(key) for key in ("count_label", "count_pred")}
+    lesions = {"connectivity": 26, **sides}
+    for rule, meaning in LESION_RULES.items():
+        keys = [f"lesion_{name}_{rule}" for name in ("sensitivity", "precision", "f1")]
+        matched = {key: total(key) for key in (f"matched_label_{rule}", f"matched_pred_{rule}")}
+        lesions[rule] = {"matched_where": meaning, **matched, **block(*keys)}
+    burden = {}
+    for name in ("count", "volume_ml"):
+        keys = [f"{name}_{key}" for key in ("label", "pred", "error", "error_percent")]
+        pairs = ([row[key] for row in rows] for key in keys[:2])
+        burden[name] = block(*keys) | agreement(*pairs, cfg.SEED)
+    boundary = block("nsd_voxel", "nsd_1mm", "hd95_mm") | {"worst_cases": total("worst_case")}
+    blocks = {
+        "native": block(*METRICS, prefix="native_"),
+        "roundtrip": block("dice", prefix="roundtrip_"),
+        "lesions": lesions,
+        "burden": burden,
+        "boundary": boundary,
+    }
+    blocks = {name: {"grid": "native grid of each scan"} | block for name, block in blocks.items()}
+    return {"working": {"grid": describe_grid(cfg)} | block(*METRICS)} | blocks
+
+
+def write_test_metrics(folder, rows, model, cfg):
+    """Write the scores of all test cases, with their origin, as JSON and CSV; return the blocks."""
     content = {"data_set": data_set_name(cfg), "grid": describe_grid(cfg), "n": len(rows)}
-    for name in METRICS:
+    for name in METRICS:  # as published
         values = [row[name] for row in rows]
         content[f"{name}_mean"] = float(np.mean(values))
         content[f"{name}_std"] = float(np.std(values))
-    content |= {"subjects": rows, "config": asdict(cfg), "versions": package_versions()}
+    blocks = aggregate(rows, cfg)
+    content |= {"empty_masks": EMPTY_MASKS, **blocks, "subjects": rows}
+    content |= {"config": asdict(cfg), "versions": package_versions()}
     content["device"] = str(next(model.parameters()).device)
     content["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    write_json(path, content)
+    write_json(Path(folder) / "comprehensive_test_metrics.json", content)
+    write_csv(Path(folder) / "test_metrics.csv", rows)
+    return blocks
 
 
-def log_test_table(rows, cfg):
-    """Print a row a case, then mean and standard deviation."""
-    log.info("\nTest scores, %s\n%s", describe_grid(cfg), data_set_name(cfg))
-    width = max(len(row["name"]) for row in rows)
-    log.info(" " * width + "".join(f"{name:>11}" for name in METRICS))
-    scores = np.array([[row[name] for name in METRICS] for row in rows])
-    names = [row["name"] for row in rows]
-    table = [*zip(names, scores, strict=True), ("mean", scores.mean(0)), ("SD", scores.std(0))]
+def write_csv(path, rows):
+    """Write dicts of the same keys as a table; None becomes an empty cell."""
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, buffer.getvalue())
+
+
+TEST_TABLE = {  # the columns of the printed table and their keys
+    **{words: (name, "working", name) for name, words in METRICS.items()},
+    "native Dice": ("native_dice", "native", "dice"),
+    "round trip": ("roundtrip_dice", "roundtrip", "dice"),
+    "NSD 1 mm": ("nsd_1mm", "boundary", "nsd_1mm"),
+    "HD95, mm": ("hd95_mm", "boundary", "hd95_mm"),
+}
+
+
+def log_test_table(rows, blocks, cfg):
+    """Print a row a case, then mean, standard deviation and the mean's confidence interval."""
+    log.info("\nTest scores of %s", data_set_name(cfg))
+    log.info("Dice to recall: %s; the others: each scan's native grid", describe_grid(cfg))
+    width = max(10, *(len(row["name"]) for row in rows))
+    log.info(" " * width + "".join(f"{title:>12}" for title in TEST_TABLE))
+    table = [(row["name"], [row[key] for key, *_ in TEST_TABLE.values()]) for row in rows]
+    summaries = [blocks[block][name] for _, block, name in TEST_TABLE.values()]
+    table += [
+        (words, [s[key] for s in summaries]) for words, key in (("mean", "mean"), ("SD", "sd"))
+    ]
+    for end, words in enumerate(("95 % low", "95 % high")):
+        table.append((words, [summary["ci95"][end] for summary in summaries]))
     for name, values in table:
-        log.info(f"{name:{width}}" + "".join(f"{value:11.4f}" for value in values))
+        cells = ("-" if value is None else f"{value:.4f}" for value in values)
+        log.info(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
+    lesions, burden = blocks["lesions"], blocks["burden"]["volume_ml"]
+    f1 = lesions["any"]["lesion_f1_any"]["mean"]
+    log.info(
+        f"PVS: {lesions['count_label']} in the ground truth, {lesions['count_pred']} predicted, "
+        f"mean lesion F1 {f1:.4f} (any overlap); volume: mean "
+        f"{burden['volume_ml_label']['mean']:.3f} and {burden['volume_ml_pred']['mean']:.3f} ml"
+    )
+
+
+def write_nifti(path, volume, scan_path):
+    """Write an array (X, Y, Z) on the grid of a scan file: its affine, shape, q and sform codes."""
+    scan, _ = read_header(scan_path)
+    header = type(scan.header)()
+    names = ("pixdim", "xyzt_units", "qform_code", "sform_code")
+    quaternion = (
+        f"{kind}_{axis}" for kind, axes in (("quatern", "bcd"), ("qoffset", "xyz")) for axis in axes
+    )
+    for name in (*names, *quaternion, "srow_x", "srow_y", "srow_z"):
+        header[name] = scan.header[name]
+    header.set_data_dtype(volume.dtype)
+    nifti = type(scan)(volume.reshape(scan.shape), None, header)
+    write_file(path, gzip.compress(nifti.to_bytes(), 4, mtime=0))
+
+
+def prediction_path(case, cfg, suffix="mask"):
+    """Return where a case's prediction lies in the BIDS derivative `predictions`."""
+    sessions = re.findall(r"_(ses-[^_]+)", case["name"])
+    folder = Path(cfg.OUTPUT_DIR, "predictions", case["subject"], *sessions[:1], "anat")
+    return folder / f"{case['name']}_label-PVS_desc-unetpp_{suffix}.nii.gz"
+
+
+def write_prediction(case, prob, cfg):
+    """Write the mask of a native probability, with SAVE_PROBABILITIES that too; return the mask."""
+    pred = prob > THRESHOLD
+    write_nifti(prediction_path(case, cfg), pred.astype(np.uint8), case["image"])
+    if cfg.SAVE_PROBABILITIES:
+        write_nifti(prediction_path(case, cfg, "probseg"), prob, case["image"])
+    return pred
+
+
+def write_description(sources, cfg):
+    """Write `predictions/dataset_description.json`; `sources`: the folders of the scans."""
+    made = (
+        f"UNet++ with {cfg.ENCODER_NAME}, {describe_grid(cfg)}; probability on the scan's own grid"
+    )
+    content = {
+        "Name": "Perivascular spaces (PVS), predicted",
+        "BIDSVersion": "1.10.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "train_pvs.py", "Description": f"{made}, mask where above 0.5"}],
+        "SourceDatasets": [{"URL": Path(folder).resolve().as_uri()} for folder in sources],
+    }
+    write_json(Path(cfg.OUTPUT_DIR) / "predictions" / "dataset_description.json", content)
 
 
 # ----------------------------------------------------------------------------------------- Figures
 
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # the axis of a RAS volume that a plane cuts
 SIDES = {"axial": "RL", "coronal": "RL", "sagittal": "AP"}  # at the left and right of a picture
-RED, GREEN = (1.0, 0.15, 0.1), (0.1, 0.9, 0.2)  # ground truth, prediction
+COLOURS = {"ground truth": (1.0, 0.15, 0.1), "prediction": (0.1, 0.9, 0.2)}  # red, green
 
 
-def busiest_slice(label, pred, axis):
-    """Return the index of the slice with the most labelled voxels, else predicted, else half."""
+def busiest_slice(masks, axis):
+    """Return the index of the slice with the most voxels of the first mask that is not empty.
+
+    Half the axis where all are.
+    """
     across = tuple(other for other in range(3) if other != axis)
-    for mask in (label, pred):
+    for mask in masks:
         if mask.any():
             return int(mask.sum(across).argmax())
-    return label.shape[axis] // 2
+    return masks[0].shape[axis] // 2
+
+
+def turn_to_ras(volume, affine):
+    """Return a volume (X, Y, Z) of a native grid with its axes turned, and only that, to RAS."""
+    return nib.orientations.apply_orientation(volume, nib.io_orientation(affine))
 
 
 def display_slice(volume, axis, index):
@@ -1213,25 +1671,30 @@ def display_slice(volume, axis, index):
     return np.flip(np.take(volume, index, axis), 0).T
 
 
-def draw_panel(ax, image, mask, colour, plane):
-    """Draw a slice (2D, [0, 1]) with a mask over it and the sides marked at the edges."""
-    shown = np.repeat(np.clip(image, 0, 1)[..., None], 3, 2)
-    shown[mask] = 0.2 * shown[mask] + 0.8 * np.array(colour)
-    ax.imshow(shown, origin="lower", interpolation="nearest")
-    for x, side, word in zip((0.02, 0.98), SIDES[plane], ("left", "right"), strict=True):
-        ax.text(x, 0.5, side, color="white", size=8, ha=word, va="center", transform=ax.transAxes)
-    ax.set_axis_off()
+def draw_row(axes, image, masks, titles, plane, spacing):
+    """Draw a slice alone and under each mask, sides marked at the edges.
 
-
-def draw_row(axes, slices, titles, plane, spacing):
-    """Draw image, ground truth and prediction of one plane; `spacing`: mm, of a RAS volume."""
-    image, label, pred = slices
-    masks, colours = (np.zeros_like(label), label, pred), (RED, RED, GREEN)
+    `image` (2D, [0, 1]); `masks`: {"ground truth": 2D, "prediction": 2D} or one of them; `titles`:
+    one a panel; `spacing`: mm, of a RAS volume.
+    """
     across, up = (mm for axis, mm in enumerate(spacing) if axis != PLANES[plane])
-    for ax, mask, colour, title in zip(axes, masks, colours, titles, strict=True):
-        draw_panel(ax, image, mask, colour, plane)
-        ax.set_aspect(up / across)
+    colours = [None, *(COLOURS[name] for name in masks)]
+    for ax, mask, colour, title in zip(axes, [None, *masks.values()], colours, titles, strict=True):
+        shown = np.repeat(image[..., None], 3, 2)
+        if mask is not None:
+            shown[mask] = 0.2 * shown[mask] + 0.8 * np.array(colour)
+        ax.imshow(shown, origin="lower", interpolation="nearest", aspect=up / across)
+        place = {"y": 0.5, "color": "white", "size": 8, "va": "center", "transform": ax.transAxes}
+        ax.text(0.02, s=SIDES[plane][0], ha="left", **place)
+        ax.text(0.98, s=SIDES[plane][1], ha="right", **place)
         ax.set_title(title, color="white", size=9)
+        ax.set_axis_off()
+
+
+def display_image(image, affine):
+    """Return a scan (X, Y, Z) turned to RAS, its intensities taken to [0, 1] for the eye."""
+    low, high = np.percentile(image[::3, ::3, ::3], (1, 99.8))
+    return np.clip((turn_to_ras(image, affine) - low) / max(high - low, 1e-6), 0, 1)
 
 
 def write_figure(path, figure, title):
@@ -1243,41 +1706,106 @@ def write_figure(path, figure, title):
     write_file(path, buffer.getbuffer())
 
 
-def draw_multi_plane(path, volumes, row, cfg):
-    """Draw one case in three planes; `volumes`: image, label and pred (H, W, D), working grid."""
-    image, label, pred = volumes
-    size = {"figsize": (9, 10), "layout": "constrained", "facecolor": "black"}
-    figure, axes = plt.subplots(3, 3, **size)
+def draw_multi_plane(path, image, masks, spacing, title):
+    """Draw a RAS volume in three planes, alone and under each mask, where masks are largest.
+
+    `image` (X, Y, Z) in [0, 1]; `masks`: {"ground truth": bool, "prediction": bool}, or one of
+    them; `spacing`: mm.
+    """
+    panels = 1 + len(masks)
+    size = {"figsize": (3 * panels, 10), "layout": "constrained", "facecolor": "black"}
+    figure, axes = plt.subplots(3, panels, **size)
     for line, (plane, axis) in zip(axes, PLANES.items(), strict=True):
-        index = busiest_slice(label, pred, axis)
-        slices = [display_slice(volume, axis, index) for volume in volumes]
-        titles = (
-            f"{plane}, slice {index} of {image.shape[axis]}",
-            f"ground truth, {slices[1].sum()} voxels",
-            f"prediction, {slices[2].sum()} voxels",
-        )
-        draw_row(line, slices, titles, plane, cfg.PIX_DIM)
-    scores = "   ".join(f"{METRICS[name]} {row[name]:.3f}" for name in METRICS)
-    counts = f"{row['label_voxels']} voxels in the ground truth, {row['pred_voxels']} predicted"
-    title = f"{row['name']}   {scores}\n{counts}; {describe_grid(cfg)}\n{data_set_name(cfg)}"
+        index = busiest_slice([*masks.values()], axis)
+        cuts = {name: display_slice(mask, axis, index) for name, mask in masks.items()}
+        titles = [f"{plane}, slice {index} of {image.shape[axis]}"]
+        titles += [f"{name}, {cut.sum()} voxels" for name, cut in cuts.items()]
+        draw_row(line, display_slice(image, axis, index), cuts, titles, plane, spacing)
     write_figure(path, figure, title)
+
+
+def draw_case(case, image, affine, masks, title, cfg):
+    """Draw masks over their scan, all (X, Y, Z) on the native grid.
+
+    Returns:
+        the axial slice with the largest mask, as `draw_test_grid` takes it
+    """
+    image, spacing = display_image(image, affine), ras_spacing(affine)
+    masks = {name: turn_to_ras(mask, affine) for name, mask in masks.items()}
+    path = Path(cfg.OUTPUT_DIR) / "multi_plane" / f"{case['name']}.png"
+    draw_multi_plane(path, image, masks, spacing, title)
+    axis = PLANES["axial"]
+    index = busiest_slice([*masks.values()], axis)
+    cuts = {name: display_slice(mask, axis, index).copy() for name, mask in masks.items()}
+    return display_slice(image, axis, index).copy(), cuts, spacing
+
+
+def describe_scores(row, affine, cfg):
+    """Return the title of a test case's figure: its scores, each with its grid."""
+    spacing = " x ".join(f"{mm:g}" for mm in ras_spacing(affine))
+    scores = "   ".join(f"{words} {row[f'native_{name}']:.3f}" for name, words in METRICS.items())
+    burden = [f"{row[f'count_{s}']} PVS, {row[f'volume_ml_{s}']:.2f} ml" for s in ("label", "pred")]
+    back = f"Dice {row['roundtrip_dice']:.3f}"
+    lines = (
+        f"{row['name']}   {scores}",
+        f"native grid, {spacing} mm; the ground truth taken to the working grid and back: {back}",
+        f"Dice {row['dice']:.3f} on the {describe_grid(cfg)}",
+        f"{burden[0]} in the ground truth; {burden[1]} predicted",
+        data_set_name(cfg),
+    )
+    return "\n".join(lines)
 
 
 def draw_test_grid(path, rows, slices, cfg, most=10):
     """Draw the axial slice with the most PVS of every test case, a row each.
 
-    Of more than `most` cases those are drawn that are evenly spread from worst to best Dice.
+    `slices`: a case's (image, masks, spacing) as `draw_row` takes them. Of more than `most` cases
+    those are drawn that are evenly spread from worst to best native Dice.
     """
-    ranked = sorted(range(len(rows)), key=lambda number: rows[number]["dice"])
+    ranked = sorted(range(len(rows)), key=lambda number: rows[number]["native_dice"])
     spread = np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(int)
     size = {"figsize": (9, 0.8 + 3.4 * len(spread)), "layout": "constrained", "facecolor": "black"}
     figure, axes = plt.subplots(len(spread), 3, squeeze=False, **size)
     for line, number in zip(axes, (ranked[place] for place in spread), strict=True):
-        row = rows[number]
-        titles = (row["name"], "ground truth", f"prediction, Dice of the volume {row['dice']:.3f}")
-        draw_row(line, slices[number], titles, "axial", cfg.PIX_DIM)
-    shown = f"{len(spread)} of {len(rows)} test cases, worst to best; {describe_grid(cfg)}"
+        row, (image, masks, spacing) = rows[number], slices[number]
+        told = f"prediction, Dice of the volume {row['native_dice']:.3f}"
+        draw_row(line, image, masks, (row["name"], "ground truth", told), "axial", spacing)
+    shown = f"{len(spread)} of {len(rows)} test cases, worst to best; native grid"
     write_figure(path, figure, f"{data_set_name(cfg)}\n{shown}")
+
+
+def draw_agreement(path, rows, burden, cfg):
+    """Draw predicted against true burden, and the Bland-Altman plot, of PVS count and volume."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 9), layout="constrained")
+    for line, (name, words) in zip(axes, {"count": "PVS", "volume_ml": "ml"}.items(), strict=True):
+        label, pred = (
+            np.array([row[f"{name}_{side}"] for row in rows]) for side in ("label", "pred")
+        )
+        result = burden[name]
+        told = {"r": result["pearson_r"], "concordance": result["lin_ccc"]}
+        scores = [f"{key} {value:.3f}" for key, value in told.items() if value is not None]
+        title = {"count": "Number of PVS", "volume_ml": "Volume of PVS"}[name]
+        end = 1.05 * max(label.max(), pred.max(), 1e-9)
+        line[0].plot([0, end], [0, end], color="0.6", lw=1, label="identity")
+        line[0].plot(label, pred, "o", alpha=0.7)
+        line[0].set(xlim=(0, end), ylim=(0, end), aspect="equal", title=", ".join([title, *scores]))
+        line[0].set(xlabel=f"ground truth, {words}", ylabel=f"prediction, {words}")
+        line[1].axhline(0, color="0.6", lw=1)
+        line[1].plot((label + pred) / 2, pred - label, "o", alpha=0.7)
+        if result["bias"] is not None:
+            low, high = result["limits_of_agreement"]
+            line[1].axhline(result["bias"], color="C1", label=f"bias {result['bias']:#.3g}")
+            told = f"limits of agreement {low:#.3g} to {high:#.3g}"
+            line[1].axhline(low, color="C1", ls="--", label=told)
+            line[1].axhline(high, color="C1", ls="--")
+        line[1].set(title="Bland-Altman", xlabel=f"mean of both, {words}")
+        line[1].set(ylabel=f"prediction - ground truth, {words}")
+        for ax in line:
+            ax.grid(alpha=0.3)
+            if ax.get_legend_handles_labels()[1]:
+                ax.legend()
+    few = "" if len(rows) >= 3 else "; fewer than 3, no statistics"
+    write_figure(path, figure, f"{data_set_name(cfg)}\n{len(rows)} test cases, native grid{few}")
 
 
 def draw_training_curves(path, history, cfg):
@@ -1457,82 +1985,155 @@ def logging_to_screen():
             handler.close()
 
 
-def open_output_folder(cfg, options):
-    """Make the output folder and keep the messages in its `logs/train.log` from here on.
+RESULTS = (  # below the output folder
+    "checkpoints/best_model.pth",
+    "logs/training_history.json",
+    "logs/comprehensive_test_metrics.json",
+    "logs/test_metrics.csv",
+    "logs/participants_pvs.csv",
+    "multi_plane/sub-*.png",
+    "predictions/sub-*/**/*_label-PVS_desc-unetpp_*.nii.gz",
+    "test_set_visualization_grid_300dpi.jpg",
+    "agreement.jpg",
+    "training_curves.jpg",
+)
+
+
+def find_results(cfg):
+    """Return the files of an earlier run in the output folder."""
+    return [path for pattern in RESULTS for path in Path(cfg.OUTPUT_DIR).glob(pattern)]
+
+
+def open_output_folder(cfg, name, replaceable):
+    """Make the output folder and keep the messages in its `logs/<name>.log` from here on.
 
     Raises:
         ValueError: it holds results that nothing says may be replaced.
     """
-    out = Path(cfg.OUTPUT_DIR)
-    checkpoint = out / "checkpoints" / "best_model.pth"
-    own = options.demo and (out / "data" / "dataset_description.json").exists()
-    if checkpoint.exists() and not (options.overwrite or options.check or own):
+    found, out = find_results(cfg), Path(cfg.OUTPUT_DIR)
+    if found and not replaceable:
         raise ValueError(
-            f"{checkpoint}: there are results in the output folder already.\n"
+            f"{found[0]}: there are results in the output folder already.\n"
             "Choose another with --output-dir, or replace them with --overwrite."
         )
     try:
         (out / "logs").mkdir(parents=True, exist_ok=True)
-        log.addHandler(logging.FileHandler(out / "logs" / "train.log", encoding="utf-8"))
+        log.addHandler(logging.FileHandler(out / "logs" / f"{name}.log", encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"OUTPUT_DIR: expected a folder to write to ({error})") from None
 
 
-def log_settings(cfg, options):
-    """Print the recipe and every setting that differs from Config; all of them for --check."""
-    log.info("%s, recipe %s", datetime.now().isoformat(" ", "seconds"), options.recipe)
+def log_settings(cfg, title, everything=False):
+    """Print the title and every setting that differs from Config, or all of them."""
+    log.info("%s, %s", datetime.now().isoformat(" ", "seconds"), title)
     for field in fields(Config):
         value = getattr(cfg, field.name)
-        if options.check or value != field.default:
+        if everything or value != field.default:
             words = " ".join(map(str, value)) if isinstance(value, tuple) else value
             log.info("  %-21s %s", field.name, words)
 
 
-def log_plan(cfg, model, split):
-    """Print on what, with what and into which folder the run works."""
+def log_plan(cfg, model, scans):
+    """Print on what, with what and into which folder the run works; `scans`: how many, of what."""
     device = choose_device(cfg)
     arithmetic = str(autocast_dtype(device, cfg)).removeprefix("torch.")
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     log.info("Device          %s, arithmetic in %s", device, arithmetic)
-    log.info("Data            %s", data_set_name(cfg))
-    log.info("Scans           %s", ", ".join(f"{len(c)} {part}" for part, c in split.items()))
-    for part in ("val", "test"):
-        log.info("  %-14s%s", part, " ".join(case["name"] for case in split[part][:10]))
+    log.info("Scans           %s", scans)
     log.info("Grid            %s", describe_grid(cfg))
     log.info("Network         UNet++ with %s, %.1f M parameters", cfg.ENCODER_NAME, parameters)
     log.info("Output folder   %s", Path(cfg.OUTPUT_DIR).resolve())
 
 
-RESULTS = (  # below the output folder
-    "checkpoints/best_model.pth",
-    "logs/training_history.json",
-    "logs/comprehensive_test_metrics.json",
-    "multi_plane/sub-*.png",
-    "test_set_visualization_grid_300dpi.jpg",
-    "training_curves.jpg",
-)
+def evaluate(model, cases, cfg):
+    """Test prepared cases on both grids; write predictions, scores and figures, print a table."""
+    out, rows, slices = Path(cfg.OUTPUT_DIR), [], []
+    write_description([cfg.DATA_DIR], cfg)
+    for case in Progress(cases, "testing"):
+        entry = load_cached(case, cfg)
+        image, label = (np.asarray(read_volume(case[key])[0]) for key in BOTH)
+        affine, label = entry["native_affine"].numpy(), label > 0
+        working_prob, prob = predict_case(model, entry, cfg)
+        pred = write_prediction(case, prob, cfg)
+        rows.append(score_case(case, entry, working_prob > THRESHOLD, pred, label))
+        masks = {"ground truth": label, "prediction": pred}
+        title = describe_scores(rows[-1], affine, cfg)
+        slices.append(draw_case(case, image, affine, masks, title, cfg))
+    blocks = write_test_metrics(out / "logs", rows, model, cfg)
+    draw_test_grid(out / "test_set_visualization_grid_300dpi.jpg", rows, slices, cfg)
+    draw_agreement(out / "agreement.jpg", rows, blocks["burden"], cfg)
+    log_test_table(rows, blocks, cfg)
 
 
 def train_and_test(model, split, cfg):
     """Fit, reload the best weights, test and draw; return the exit status."""
-    out = Path(cfg.OUTPUT_DIR)
-    for path in (path for pattern in RESULTS for path in out.glob(pattern)):
-        path.unlink()  # of a run that --overwrite gives up
+    out, best_path = Path(cfg.OUTPUT_DIR), Path(cfg.OUTPUT_DIR) / "checkpoints" / "best_model.pth"
+    for path in find_results(cfg):  # which --overwrite gives up
+        path.unlink()
     subjects = {part: sorted({c["subject"] for c in cases}) for part, cases in split.items()}
     write_json(out / "logs" / "split.json", subjects)
     model.to(choose_device(cfg))
     if cfg.HEAD_BIAS_LOG_ODDS:
         start_at_log_odds(model, split["train"], cfg)
     history = fit(model, cfg, split)
-    best = load_checkpoint(out / "checkpoints" / "best_model.pth", model)["history_row"]
-    log.info("Best validation Dice %.4f, in epoch %d", best["val_dice"], best["epoch"])
+    content = read_checkpoint(best_path)
+    load_weights(model, content, best_path)
+    best = content["history_row"]
+    told = "Best validation Dice %.4f on the working grid, in epoch %d"
+    log.info(told, best["val_dice"], best["epoch"])
     draw_training_curves(out / "training_curves.jpg", history, cfg)
-    evaluate(model, cfg, split["test"])
+    evaluate(model, split["test"], cfg)
     log.info("\nScores, figures and weights are in %s", out.resolve())
     if best["val_dice"] > 0:
         return 0
     log.error("No PVS were learned: the validation Dice never left 0. %s", NOTHING_LEARNED)
     return 1
+
+
+def evaluate_again(model, cases, cfg):
+    """Test and draw with a checkpoint's weights; return the exit status."""
+    out = Path(cfg.OUTPUT_DIR)
+    history = out / "logs" / "training_history.json"
+    if history.exists():
+        history = json.loads(history.read_text(encoding="utf-8"))
+        draw_training_curves(out / "training_curves.jpg", history, cfg)
+    evaluate(model, cases, cfg)
+    log.info("\nScores and figures are in %s", out.resolve())
+    return 0
+
+
+def predict_scans(model, cases, cfg):
+    """Segment scans one at a time, draw and measure them.
+
+    A scan that cannot be read is named at the end, the others are done.
+
+    Returns:
+        the exit status, 1 where a scan could not be done
+    """
+    out, rows, problems = Path(cfg.OUTPUT_DIR), [], []
+    for case in Progress(cases, "predicting"):
+        try:
+            image = read_volume(case["image"])
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        entry = to_working_grid({"image": image}, cfg)
+        prob, affine = predict_case(model, entry, cfg)[1], entry["native_affine"].numpy()
+        pred = write_prediction(case, prob, cfg)
+        burden = {"count": ndimage.label(pred, TOUCHING)[1], "volume_ml": volume_ml(pred, affine)}
+        files = {"scan": case["image"], "mask": prediction_path(case, cfg).relative_to(out)}
+        rows.append({"participant_id": case["subject"], "name": case["name"], **burden, **files})
+        write_csv(out / "logs" / "participants_pvs.csv", rows)
+        spacing = " x ".join(f"{mm:g}" for mm in ras_spacing(affine))
+        told = f"{case['name']}: {burden['count']} PVS, {burden['volume_ml']:.3f} ml predicted"
+        title = f"{told}\nnative grid, {spacing} mm; predicted on the {describe_grid(cfg)}"
+        draw_case(case, np.asarray(image[0]), affine, {"prediction": pred}, title, cfg)
+    for row in rows:
+        log.info("%s: %d PVS, %.3f ml", row["name"], row["count"], row["volume_ml"])
+    log.info("%d of %d scans are segmented in %s", len(rows), len(cases), out.resolve())
+    for problem in problems:
+        log.error("Not segmented: %s", problem)
+    return 1 if problems else 0
 
 
 OUT_OF_MEMORY = (
@@ -1541,38 +2142,115 @@ OUT_OF_MEMORY = (
 )
 
 
-def set_up(argv):
-    """Do all that comes before training; return (cfg, options, model, split).
-
-    Raises:
-        ValueError, FileNotFoundError: what the user can set right, told in full.
-    """
-    cfg, options = parse_command_line(argv)
-    if not (options.demo or Path(cfg.DATA_DIR).is_dir()):
+def check_data_folder(cfg):
+    """Raise FileNotFoundError, which says how to get the data, where there is no DATA_DIR."""
+    if not Path(cfg.DATA_DIR).is_dir():
         raise FileNotFoundError(f"{cfg.DATA_DIR}: no such folder (DATA_DIR)\n{HOW_TO_GET_DATA}")
-    open_output_folder(cfg, options)
-    log_settings(cfg, options)
+
+
+def set_up_training(cfg, options):
+    """Do all that comes before training; return the work that is left, a function."""
+    if not options.demo:
+        check_data_folder(cfg)
+    own = options.demo and Path(cfg.DATA_DIR, "dataset_description.json").exists()
+    replaceable = options.overwrite or options.check or own
+    open_output_folder(cfg, "train", replaceable)
+    log_settings(cfg, f"recipe {options.recipe}", everything=options.check)
     if options.demo:
         make_demo_data(cfg.DATA_DIR, cfg.SEED)
     cases = find_cases(cfg)
     model = build_model(cfg)
     split = split_cases(prepare_cases(cases, cfg), cfg)
-    log_plan(cfg, model, split)
-    return cfg, options, model, split
+    log.info("Data            %s", data_set_name(cfg))
+    log_plan(cfg, model, ", ".join(f"{len(part)} {name}" for name, part in split.items()))
+    for part in ("val", "test"):
+        log.info("  %-14s%s", part, " ".join(case["name"] for case in split[part][:10]))
+    if options.check:
+        log.info("Nothing was trained (--check)")
+        return lambda: 0
+    return functools.partial(train_and_test, model, split, cfg)
+
+
+def choose_checkpoint(cfg, options):
+    """Return the file of --checkpoint, else the output folder's, else the default folder's."""
+    if options.checkpoint:
+        return Path(options.checkpoint)
+    folders = [Path(folder) / "checkpoints" for folder in (cfg.OUTPUT_DIR, Config.OUTPUT_DIR)]
+    return next(filter(Path.is_dir, folders), folders[0]) / "best_model.pth"
+
+
+def choose_test_cases(cases, split):
+    """Return the cases that a checkpoint may be tested on, and whether they are the run's own.
+
+    `split`: of the checkpoint. Scans are known again by name and file size, wherever they lie. Of
+    the run's own data set the test part is returned, of another one all cases.
+
+    Raises:
+        ValueError: the run's own data set, but not all scans of its test part are there.
+    """
+    names = {case["name"]: os.stat(case["image"]).st_size for case in cases}
+    known = {part: {n for n in split[part] if names.get(n) == split[part][n]} for part in split}
+    if not any(known.values()):
+        same = [name for part in split.values() for name in part if name in names]
+        if same:
+            told = "%d scans bear names of the run's own, but differ: taken for other heads"
+            log.warning(f"Warning: {told}", len(same))
+        return cases, False
+    missing = sorted(set(split["test"]) - known["test"])
+    if missing:
+        raise ValueError(
+            f"DATA_DIR: holds scans that the checkpoint was trained with, but not its test scans "
+            f"{', '.join(missing)} as they were; expected those too, or another data set"
+        )
+    return [case for case in cases if case["name"] in known["test"]], True
+
+
+def set_up_trained(cfg, options):
+    """Do all that comes before --evaluate and --predict; return the work left, a function."""
+    path = choose_checkpoint(cfg, options)
+    content = read_checkpoint(path)
+    cfg, own = restore_config(content, cfg, options.given), False
+    command = "predict" if options.predict else "evaluate"
+    if options.predict:
+        cases = find_scans(options.predict, cfg)
+    else:
+        check_data_folder(cfg)
+        cases, own = choose_test_cases(find_cases(cfg), content["split"])
+    in_place = own and path.resolve().parents[1] == Path(cfg.OUTPUT_DIR).resolve()
+    if not in_place and Path(cfg.OUTPUT_DIR, "checkpoints").exists():
+        name = command if options.predict else f"{command}-{Path(cfg.DATA_DIR).resolve().name}"
+        cfg = replace(cfg, OUTPUT_DIR=str(Path(cfg.OUTPUT_DIR) / name))  # of its own, in the run's
+    model = build_model(replace(cfg, ENCODER_WEIGHTS="none"))
+    load_weights(model, content, path)
+    open_output_folder(cfg, command, options.overwrite or in_place)
+    for path in [] if in_place else find_results(cfg):  # which --overwrite gives up
+        path.unlink()
+    log_settings(cfg, f"--{command}, checkpoint {path}")
+    best = content["history_row"]
+    told = "epoch %d, validation Dice %.4f on the working grid"
+    log.info(f"Weights         {told}", best["epoch"], best["val_dice"])
+    if options.predict:
+        log_plan(cfg, model, f"{len(cases)} to segment")
+        sources = sorted({Path(case["image"]).parent for case in cases})
+        write_description(sources, cfg)
+        return functools.partial(predict_scans, model.to(choose_device(cfg)), cases, cfg)
+    prepare_cases(cases, cfg, keep_empty=True)
+    log.info("Data            %s", data_set_name(cfg))
+    log_plan(cfg, model, f"{len(cases)} {'of the test split' if own else 'of an external test'}")
+    return functools.partial(evaluate_again, model.to(choose_device(cfg)), cases, cfg)
 
 
 def main(argv=None):
     """Run the pipeline that the command line asks for; return the exit status."""
     with logging_to_screen():
-        prepared = None
+        work = None
         try:
-            cfg, options, *prepared = set_up(argv)
-            if options.check:
-                log.info("Nothing was trained (--check)")
-                return 0
-            return train_and_test(*prepared, cfg)
+            cfg, options = parse_command_line(argv)
+            trained = options.evaluate or options.predict
+            work = (set_up_trained if trained else set_up_training)(cfg, options)
+            return work()
         except (ValueError, FileNotFoundError) as error:
-            if prepared:  # no mistake of the user's but of the script
+            if work:  # no mistake of the user's but of the script
                 raise
             log.error("Error: %s", error)
             return 2
@@ -1583,7 +2261,7 @@ def main(argv=None):
             log.error("Error: %s", error)
             return 1
         except KeyboardInterrupt:
-            log.error("Interrupted; the best weights so far, if any, are in the output folder.")
+            log.error("Interrupted; what was finished is in the output folder.")
             return 130
 
 

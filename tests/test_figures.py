@@ -3,6 +3,7 @@
 import json
 
 import matplotlib.pyplot as plt
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
@@ -28,16 +29,18 @@ def cfg(tiny_config, tmp_path):
 
 
 def make_row(name="sub-007", **scores):
-    counts = {"label_voxels": 576, "pred_voxels": 32}
-    return {"name": name, "subject": name} | SCORES | counts | scores
+    native = {f"native_{key}": value for key, value in SCORES.items()}
+    burden = {"count_label": 31, "count_pred": 27, "volume_ml_label": 1.5, "volume_ml_pred": 2.25}
+    row = {"name": name, "subject": name, "dice": 0.6, "roundtrip_dice": 0.7}
+    return row | native | burden | scores
 
 
 def make_volumes(shape=(24, 24, 8)):
-    """Return a grey image, a box in its middle as the label, and its corner as the prediction."""
+    """Return a grey image, with a box in its middle as the label, its corner as the prediction."""
     label, pred = np.zeros((2, *shape), bool)
     label[6:18, 6:18, 2:6] = True
     pred[6:10, 6:10, 2:4] = True
-    return np.full(shape, 0.5, np.float32), label, pred
+    return np.full(shape, 0.5, np.float32), {"ground truth": label, "prediction": pred}
 
 
 def coloured(path):
@@ -76,28 +79,49 @@ def test_slices_are_shown_as_radiologists_look_at_them(plane, marker, expected):
     ("plane", "sides"), [("axial", ["R", "L"]), ("coronal", ["R", "L"]), ("sagittal", ["A", "P"])]
 )
 def test_panels_name_the_sides_and_have_row_0_at_the_bottom(plane, sides):
-    figure, ax = plt.subplots()
-    train_pvs.draw_panel(ax, np.zeros((4, 5)), np.zeros((4, 5), bool), train_pvs.RED, plane)
-    texts = sorted(ax.texts, key=lambda text: text.get_position()[0])
-    assert [text.get_text() for text in texts] == sides
-    assert ax.get_ylim() == (-0.5, 3.5)
+    figure, axes = plt.subplots(1, 2)
+    masks = {"prediction": np.zeros((4, 5), bool)}
+    train_pvs.draw_row(axes, np.zeros((4, 5)), masks, ("scan", "found"), plane, (1, 1, 1))
+    for ax, title in zip(axes, ("scan", "found"), strict=True):
+        texts = sorted(ax.texts, key=lambda text: text.get_position()[0])
+        assert [text.get_text() for text in texts] == sides
+        assert ax.get_ylim() == (-0.5, 3.5)
+        assert ax.get_title() == title
     plt.close(figure)
 
 
 def test_slice_shown_has_most_labelled_voxels_else_most_predicted_else_is_the_middle():
     label, pred = np.zeros((2, 5, 6, 7), bool)
-    assert train_pvs.busiest_slice(label, pred, 2) == 3
-    assert train_pvs.busiest_slice(label, pred, 0) == 2
+    assert train_pvs.busiest_slice([label, pred], 2) == 3
+    assert train_pvs.busiest_slice([pred], 0) == 2
     pred[1, 2:5, 6] = True
-    assert train_pvs.busiest_slice(label, pred, 2) == 6
+    assert train_pvs.busiest_slice([label, pred], 2) == 6
     label[4, 4, 1] = label[:2, 3, 5] = True  # one voxel in slice 1, two in slice 5
-    assert train_pvs.busiest_slice(label, pred, 2) == 5
-    assert train_pvs.busiest_slice(label, pred, 1) == 3
+    assert train_pvs.busiest_slice([label, pred], 2) == 5
+    assert train_pvs.busiest_slice([label, pred], 1) == 3
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS", "SPL"])
+def test_scans_are_turned_to_ras_and_their_contrast_fits_the_eye(axes):
+    # Marked at the right end of the subject, in the middle of the other axes.
+    ras = np.random.default_rng(0).normal(300, 50, (10, 12, 14))
+    ras[9, 6, 7] = 2000
+    affine = np.diag([1.0, 2, 3, 1])
+    orient = nib.orientations.axcodes2ornt(axes)
+    there = nib.orientations.ornt_transform(nib.io_orientation(affine), orient)
+    scan = nib.Nifti1Image(ras, affine).as_reoriented(there)
+    assert nib.aff2axcodes(scan.affine) == tuple(axes)
+    shown = train_pvs.display_image(scan.get_fdata(), scan.affine)
+    assert shown.shape == ras.shape
+    assert (shown.min(), shown.max()) == (0, 1)
+    assert shown[9, 6, 7] == 1
+    assert np.corrcoef(shown[:9].ravel(), ras[:9].ravel())[0, 1] > 0.95
+    assert train_pvs.ras_spacing(scan.affine) == [1, 2, 3]
 
 
 def test_multi_plane_figure_has_300_dpi_and_its_colours_in_their_panels(tmp_path, cfg):
     path = tmp_path / "multi_plane" / "sub-007.png"
-    train_pvs.draw_multi_plane(path, make_volumes(), make_row(), cfg)
+    train_pvs.draw_multi_plane(path, *make_volumes(), (1, 1, 1), "title")
     picture = Image.open(path)
     assert picture.info["dpi"] == pytest.approx((300, 300), abs=0.01)  # PNG counts per metre
     assert picture.size == (2700, 3000)  # 9 x 10 inches
@@ -109,8 +133,7 @@ def test_multi_plane_figure_has_300_dpi_and_its_colours_in_their_panels(tmp_path
 
 def test_voxels_that_are_not_cubes_are_drawn_in_their_true_proportions(tmp_path, cfg):
     # The label is 12 x 12 x 4 voxels of 1 x 1 x 3 mm, a cube: a square in all three planes.
-    cfg = train_pvs.replace(cfg, PIX_DIM=(1.0, 1.0, 3.0))
-    train_pvs.draw_multi_plane(tmp_path / "a.png", make_volumes(), make_row(), cfg)
+    train_pvs.draw_multi_plane(tmp_path / "a.png", *make_volumes(), (1, 1, 3), "title")
     components, _ = ndimage.label(coloured(tmp_path / "a.png")[0])
     boxes = [[s.stop - s.start for s in box] for box in ndimage.find_objects(components)]
     boxes = [(high, wide) for high, wide in boxes if high > 100]
@@ -119,30 +142,32 @@ def test_voxels_that_are_not_cubes_are_drawn_in_their_true_proportions(tmp_path,
         assert high == pytest.approx(wide, rel=0.02)
 
 
-def test_multi_plane_title_holds_subject_scores_counts_grid_and_origin(monkeypatch, cfg):
-    titles = []
+def test_figure_of_a_prediction_alone_has_two_columns(tmp_path):
+    image, masks = make_volumes()
+    path = tmp_path / "a.png"
+    train_pvs.draw_multi_plane(path, image, {"prediction": masks["prediction"]}, (1, 1, 1), "title")
+    assert Image.open(path).size == (1800, 3000)
+    red, green = coloured(path)
+    assert not red.any()
+    assert columns(green)[0] > 1 / 2
 
-    def write_figure(path, figure, title):
-        titles.append(title)
-        plt.close(figure)
 
-    monkeypatch.setattr(train_pvs, "write_figure", write_figure)
-    train_pvs.draw_multi_plane("a.png", make_volumes(), make_row(), cfg)
+def test_title_of_a_test_case_holds_subject_scores_burden_grids_and_origin(cfg):
+    title = train_pvs.describe_scores(make_row(), np.diag([0.5, 0.5, 2, 1]), cfg)
     for words in (
         "sub-007",
-        "Dice 0.400",
-        "IoU 0.250",
-        "precision 0.333",
-        "recall 0.500",
-        "576 voxels in the ground truth, 32 predicted",
-        "working grid, RAS, 1 x 1 x 1 mm",
+        "Dice 0.400   IoU 0.250   precision 0.333   recall 0.500\nnative grid, 0.5 x 0.5 x 2 mm",
+        "working grid and back: Dice 0.700",
+        "Dice 0.600 on the working grid, RAS, 1 x 1 x 1 mm",
+        "31 PVS, 1.50 ml in the ground truth; 27 PVS, 2.25 ml predicted",
         "Simulated heads of a test",
     ):
-        assert words in titles[0]
+        assert words in title
 
 
 def axial_slices():
-    return [volume[..., 2] for volume in make_volumes()]
+    image, masks = make_volumes()
+    return image[..., 2], {name: mask[..., 2] for name, mask in masks.items()}, (1, 1, 1)
 
 
 def test_grid_of_one_test_case_has_300_dpi_and_its_colours_in_their_panels(tmp_path, cfg):
@@ -174,10 +199,10 @@ def test_grid_shows_up_to_ten_cases_spread_from_worst_to_best_dice(
         titles.append((title, len(figure.axes)))
         plt.close(figure)
 
-    monkeypatch.setattr(train_pvs, "draw_row", lambda axes, slices, words, *_: drawn.append(words))
+    monkeypatch.setattr(train_pvs, "draw_row", lambda *args: drawn.append(args[3]))
     monkeypatch.setattr(train_pvs, "write_figure", write_figure)
     ranks = np.random.default_rng(0).permutation(count).tolist()
-    rows = [make_row(f"sub-{rank}", dice=rank / 20) for rank in ranks]
+    rows = [make_row(f"sub-{rank}", native_dice=rank / 20) for rank in ranks]
     train_pvs.draw_test_grid("grid.jpg", rows, count * [axial_slices()], cfg)
     assert [name for name, *_ in drawn] == [f"sub-{rank}" for rank in expected]
     assert [words[2] for words in drawn] == [

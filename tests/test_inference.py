@@ -23,7 +23,7 @@ class Pointwise(nn.Module):
 @pytest.mark.parametrize("shape", [(5, 7, 3), (16, 16, 16), (17, 23, 9), (33, 16, 20)])
 def test_blended_logits_of_any_shape_are_those_of_the_model(shape, tiny_config):
     model, image = Pointwise(), torch.rand(1, *shape)
-    logits = train_pvs.predict_case(model, image, tiny_config(AMP=False))
+    logits = train_pvs.predict_logits(model, image, tiny_config(AMP=False))
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, (10 * image - 5)[None], atol=1e-4, rtol=0)
     assert set(model.seen) == {(16, 16, 16)}  # windows of the patch's size, also if it is larger
@@ -31,14 +31,14 @@ def test_blended_logits_of_any_shape_are_those_of_the_model(shape, tiny_config):
 
 def test_prediction_of_a_cached_half_precision_volume_is_float32(tiny_config):
     image = torch.rand(1, 9, 9, 9).half()
-    logits = train_pvs.predict_case(Pointwise(), image, tiny_config(AMP=False))
+    logits = train_pvs.predict_logits(Pointwise(), image, tiny_config(AMP=False))
     torch.testing.assert_close(logits, (10 * image.float() - 5)[None], atol=1e-4, rtol=0)
 
 
 def test_prediction_puts_the_model_into_evaluation_mode(tiny_config):
     model = train_pvs.build_model(tiny_config()).train()
     image = torch.rand(1, 16, 16, 20)
-    first = train_pvs.predict_case(model, image, tiny_config())
+    first = train_pvs.predict_logits(model, image, tiny_config())
     assert not any(module.training for module in model.modules())
     # Random dropped paths or running statistics that move would change the second one.
-    assert torch.equal(first, train_pvs.predict_case(model, image, tiny_config()))
+    assert torch.equal(first, train_pvs.predict_logits(model, image, tiny_config()))

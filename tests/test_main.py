@@ -56,14 +56,20 @@ def finished(tmp_path_factory):
 
 def test_run_writes_all_its_files(finished):
     assert finished.status in (0, 1)
-    cases = {f"multi_plane/{subject}.png" for subject in finished.split["test"]}
-    assert len(cases) == 2
+    test = finished.split["test"]
+    assert len(test) == 2
+    cases = {f"multi_plane/{subject}.png" for subject in test}
+    mask = "predictions/{0}/anat/{0}_label-PVS_desc-unetpp_mask.nii.gz"
+    cases |= {mask.format(subject) for subject in test}
     assert {str(path.relative_to(finished.out)) for path in snapshot(finished.out)} == cases | {
         "checkpoints/best_model.pth",
         "logs/training_history.json",
         "logs/split.json",
         "logs/comprehensive_test_metrics.json",
+        "logs/test_metrics.csv",
+        "predictions/dataset_description.json",
         "test_set_visualization_grid_300dpi.jpg",
+        "agreement.jpg",
         "training_curves.jpg",
     }
     assert (finished.out / "logs" / "train.log").exists()
@@ -91,6 +97,13 @@ def test_metrics_file_holds_the_documented_keys(finished):
         "precision_std",
         "recall_mean",
         "recall_std",
+        "empty_masks",
+        "working",
+        "native",
+        "roundtrip",
+        "lesions",
+        "burden",
+        "boundary",
         "subjects",
         "config",
         "versions",
@@ -107,18 +120,38 @@ def test_metrics_file_holds_the_documented_keys(finished):
         assert {*row} == {
             *("name", "subject", "dice", "iou", "precision", "recall"),
             *("label_voxels", "pred_voxels"),
+            *("native_dice", "native_iou", "native_precision", "native_recall", "roundtrip_dice"),
+            *("count_label", "count_pred", "count_error", "count_error_percent"),
+            *(f"matched_{side}_{rule}" for side in ("label", "pred") for rule in ("any", "iou")),
+            *("lesion_sensitivity_any", "lesion_precision_any", "lesion_f1_any"),
+            *("lesion_sensitivity_iou", "lesion_precision_iou", "lesion_f1_iou"),
+            *("volume_ml_label", "volume_ml_pred", "volume_ml_error", "volume_ml_error_percent"),
+            *("nsd_voxel", "nsd_1mm", "hd95_mm", "worst_case"),
         }
 
 
-def test_standard_deviations_are_those_of_the_cases_themselves(tmp_path, tiny_config):
+def test_published_standard_deviations_are_those_of_the_cases_themselves(
+    finished, tmp_path, tiny_config
+):
     # Dice 0.2 and 0.6: mean 0.4, each 0.2 off it; an estimate for all people would say 0.283.
-    rows = [dict.fromkeys(("dice", "iou", "precision", "recall"), dice) for dice in (0.2, 0.6)]
-    path = tmp_path / "metrics.json"
-    train_pvs.write_test_metrics(path, rows, nn.Conv3d(1, 1, 1), tiny_config())
-    metrics = json.loads(path.read_text())
+    scores = [dict.fromkeys(("dice", "iou", "precision", "recall"), dice) for dice in (0.2, 0.6)]
+    rows = [row | new for row, new in zip(finished.metrics["subjects"], scores, strict=True)]
+    train_pvs.write_test_metrics(tmp_path, rows, nn.Conv3d(1, 1, 1), tiny_config())
+    metrics = json.loads((tmp_path / "comprehensive_test_metrics.json").read_text())
     for name in ("dice", "iou", "precision", "recall"):
         assert metrics[f"{name}_mean"] == pytest.approx(0.4)
         assert metrics[f"{name}_std"] == pytest.approx(0.2)
+
+
+def test_output_list_of_the_readme_is_what_a_run_writes(finished):
+    block = README.read_text(encoding="utf-8").split("outputs_3d/\n", 1)[1].split("```", 1)[0]
+    listed = [line.split()[0] for line in block.splitlines() if line.strip()]
+    covered = set()
+    for name in listed:
+        found = list(finished.out.glob(name.replace("sub-XXX", "sub-*").rstrip("/")))
+        assert found, name
+        covered |= {p for path in found for p in (path, *path.rglob("*"))}
+    assert set(snapshot(finished.out)) <= covered
 
 
 def test_history_has_a_row_an_epoch_with_the_documented_keys(finished):

@@ -102,7 +102,8 @@ def fit(monkeypatch, tiny_config, tmp_path):
         scores = lambda model, cases, cfg, epoch: (loss(epoch), dice(epoch))  # noqa: E731
         monkeypatch.setattr(train_pvs, "validate", scores)
         cfg = tiny_config(OUTPUT_DIR=str(tmp_path), **settings)
-        return train_pvs.fit(nn.Conv3d(1, 1, 1), cfg, {"train": [{}], "val": [{}]})
+        case = {"name": "sub-1", "image": __file__}
+        return train_pvs.fit(nn.Conv3d(1, 1, 1), cfg, {"train": [case], "val": [case]})
 
     return script
 
@@ -257,17 +258,20 @@ def test_checkpoint_holds_plain_values_and_gives_the_same_prediction(tmp_path, t
     cfg, path = tiny_config(SEED=1), tmp_path / "best_model.pth"
     model = train_pvs.build_model(cfg)
     image = torch.rand(1, 16, 16, 20)
-    expected = train_pvs.predict_case(model, image, cfg)
-    train_pvs.save_checkpoint(path, model, cfg, {"epoch": 3, "val_dice": 0.5})
+    expected = train_pvs.predict_logits(model, image, cfg)
+    (tmp_path / "scan.nii").write_bytes(b"12345")
+    case = {"name": "sub-1", "image": str(tmp_path / "scan.nii")}
+    row = {"epoch": 3, "val_dice": 0.5}
+    train_pvs.save_checkpoint(path, model, cfg, {"train": [], "test": [case]}, row)
 
     content = torch.load(path, weights_only=True)
     assert train_pvs.Config(**content["config"]) == cfg
     assert content["working_grid"] == {"orientation": "RAS", "spacing_mm": (1.0, 1.0, 1.0)}
-    assert content["history_row"] == {"epoch": 3, "val_dice": 0.5}
+    assert content["split"] == {"train": {}, "test": {"sub-1": 5}}
+    assert content["history_row"] == row
     assert content["versions"]["torch"] == torch.__version__.split("+")[0]
 
     other = train_pvs.build_model(tiny_config(SEED=2))
-    assert not torch.equal(train_pvs.predict_case(other, image, cfg), expected)
-    rest = train_pvs.load_checkpoint(path, other)
-    assert set(rest) == {"config", "working_grid", "history_row", "versions"}
-    assert torch.equal(train_pvs.predict_case(other, image, cfg), expected)
+    assert not torch.equal(train_pvs.predict_logits(other, image, cfg), expected)
+    train_pvs.load_weights(other, train_pvs.read_checkpoint(path), path)
+    assert torch.equal(train_pvs.predict_logits(other, image, cfg), expected)
