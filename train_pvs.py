@@ -391,11 +391,14 @@ def name_case(path):
     The name holds all entities but `desc` and `label`; where there is no `sub`, the letters and
     digits of the file name make one.
     """
-    entities = bids_entities(path)
-    entities.setdefault("sub", Path(path).name.split(".nii")[0])
-    order = ["sub", *(k for k in entities if k not in ("sub", "desc", "label"))]
-    words = [f"{key}-{re.sub('[^0-9A-Za-z]', '', entities[key])}" for key in order]
-    return {"subject": words[0], "name": "_".join(words), "image": str(path)}
+    found = bids_entities(path)
+    if "sub" not in found:
+        found = {"sub": Path(path).name.split(".nii")[0]}
+    order = sorted(found, key=lambda key: (key != "sub", key != "ses"))  # the others stay
+    order = [key for key in order if key.isalnum() and key not in ("desc", "label")]
+    words = {key: re.sub("[^0-9A-Za-z]", "", found[key]) for key in order}
+    name = "_".join(f"{key}-{word}" for key, word in words.items() if word)
+    return {"subject": f"sub-{words['sub']}", "name": name, "image": str(path)}
 
 
 def raise_problems(problems, remedy):
@@ -474,7 +477,9 @@ def find_scans(words, cfg):
         found = [Path(word)] if word.endswith(NIFTI) and Path(word).is_file() else []
         if Path(word).is_dir():
             found = find_files(word, cfg.IMAGE_GLOB)
-            problems += [] if found else [f"{word}: expected scans {cfg.IMAGE_GLOB} in the folder"]
+            if not found:
+                told = f"expected scans {cfg.IMAGE_GLOB} in the folder (--image-glob names others)"
+                problems.append(f"{word}: {told}")
         elif not found:
             problems.append(f"{word}: expected a .nii or .nii.gz file, or a BIDS folder")
         paths += found
@@ -821,12 +826,12 @@ def log_grids(reports, cfg):
     dices = [report["roundtrip_dice"] for report in reports]
     numbers = f"{np.mean(dices):.3f} ({min(dices):.3f} to {max(dices):.3f})"
     log.info("Round trip      %s: native Dice of masks taken to the working grid and back", numbers)
-    finest = np.median(spacings, axis=0)
-    if (np.array(cfg.PIX_DIM) > 1.01 * finest).any():
+    usual = np.clip(np.median(spacings, axis=0), *LIMITS["PIX_DIM"])
+    if (np.array(cfg.PIX_DIM) > 1.01 * usual).any():
         log.warning(
-            "Warning: a voxel of the working grid has %.1f times the volume of a scan's. Thin PVS "
-            "are lost, see Round trip; --pix-dim %s avoids it.",
-            *(np.prod(cfg.PIX_DIM) / np.prod(finest), " ".join(f"{mm:g}" for mm in finest)),
+            "Warning: the working grid is coarser than the scans, %.1f times in voxel volume. What "
+            "that costs thin PVS is told by Round trip; --pix-dim %s avoids it.",
+            *(np.prod(cfg.PIX_DIM) / np.prod(usual), " ".join(f"{mm:g}" for mm in usual)),
         )
 
 
@@ -1081,7 +1086,8 @@ def calculate_boundary_metrics(pred, label, spacing):
         {"nsd_voxel", "nsd_1mm", "hd95_mm", "worst_case"}
     """
     if not pred.any() or not label.any():
-        same, diagonal = not (pred.any() or label.any()), np.linalg.norm(spacing * pred.shape)
+        same = not (pred.any() or label.any())
+        diagonal = np.linalg.norm(np.multiply(spacing, pred.shape))
         row = {"nsd_voxel": float(same), "nsd_1mm": float(same)}
         return row | {"hd95_mm": 0.0 if same else float(diagonal), "worst_case": not same}
     masks = [torch.from_numpy(mask)[None, None] for mask in (pred, label)]
@@ -1158,20 +1164,30 @@ def package_versions():
     return {"python": platform.python_version()} | versions
 
 
-def save_checkpoint(path, model, cfg, split, row):
+def fingerprint(path):
+    """Return a hash of a file's size and of 64 KiB each at its start, middle and end."""
+    size, digest = os.stat(path).st_size, hashlib.sha256()
+    digest.update(str(size).encode())
+    with open(path, "rb") as file:
+        for start in (0, size // 2, max(0, size - 2**16)):
+            file.seek(start)
+            digest.update(file.read(2**16))
+    return digest.hexdigest()
+
+
+def save_checkpoint(path, model, cfg, scans, row):
     """Write the weights with all that using them takes.
 
-    Config, working grid, package versions, the epoch's row of history, and the split: by part,
-    every scan's name and the size of its file, from which scans of the training are known again.
+    Config, working grid, package versions, the epoch's row of history, and by part of the split
+    {name: fingerprint} of the scans, from which those of the training are known again.
     """
     grid = {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
     content = {"model": model.state_dict(), "config": asdict(cfg), "working_grid": grid}
-    sizes = {
-        part: {case["name"]: os.stat(case["image"]).st_size for case in cases}
-        for part, cases in split.items()
-    }
-    content |= {"split": sizes, "history_row": row, "versions": package_versions()}
+    content |= {"scans": scans, "history_row": row, "versions": package_versions()}
     write_torch(path, content)
+
+
+CHECKPOINT_KEYS = ("model", "config", "scans", "history_row")  # what using a checkpoint takes
 
 
 def read_checkpoint(path):
@@ -1181,9 +1197,8 @@ def read_checkpoint(path):
         ValueError: missing, damaged or not of this script; names the file.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        expected = {"model", "config", "split", "history_row"}
-        if not isinstance(content, dict) or not expected <= set(content):
+        content = dict(torch.load(path, map_location="cpu", weights_only=True))
+        if not all(isinstance(content[key], dict) for key in CHECKPOINT_KEYS):
             raise TypeError("other content")
         return content
     except FileNotFoundError:
@@ -1214,8 +1229,8 @@ def load_weights(model, content, path):
 def restore_config(content, cfg, given):
     """Return the checkpoint's Config with what may differ from it taken from `cfg`.
 
-    `given` are the settings of the command line. The data's place is the checkpoint's unless given;
-    folder of the results, cache and machine are those of `cfg`.
+    `given` are the settings of the command line. The data's place and AMP are the checkpoint's
+    unless given; folder of the results, cache and machine are those of `cfg`.
 
     Raises:
         ValueError: settings are given that only training could change; or the checkpoint has
@@ -1225,13 +1240,11 @@ def restore_config(content, cfg, given):
     saved = {k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}
     problems = [f"{name}: in the checkpoint, unknown here" for name in sorted(set(saved) - known)]
     for name, value in given.items():
-        if name not in NOT_OF_CHECKPOINT and value != saved.get(name, value):
-            problems.append(
-                f"{name}: the checkpoint has {saved[name]}, only training can change it"
-            )
-    of_data = ("DATA_DIR", "IMAGE_GLOB", "LABEL_GLOB")
-    here = {name: getattr(cfg, name) for name in NOT_OF_CHECKPOINT if name not in of_data}
-    here |= {name: given[name] for name in of_data if name in given}
+        trained = saved.get(name, getattr(Config, name))
+        if name not in NOT_OF_CHECKPOINT and value != trained:
+            problems.append(f"{name}: the checkpoint has {trained}, only training can change it")
+    of_run = ("DATA_DIR", "IMAGE_GLOB", "LABEL_GLOB", "AMP")  # the checkpoint's unless given
+    here = {k: getattr(cfg, k) for k in NOT_OF_CHECKPOINT if k not in of_run or k in given}
     known_here = {name: value for name, value in (saved | here).items() if name in known}
     restored = replace(Config(), **known_here)
     problems += check_config(replace(restored, SPLIT="", ENCODER_WEIGHTS="none"))  # not used again
@@ -1342,6 +1355,7 @@ def fit(model, cfg, split):
         (None where not validated), lr, seconds
     """
     device, out = next(model.parameters()).device, Path(cfg.OUTPUT_DIR)
+    scans = {part: {c["name"]: fingerprint(c["image"]) for c in split[part]} for part in split}
     loader = build_train_loader(split["train"], cfg, device)
     optimizer, plateau, scaler = build_optimizer(model, cfg)
     best_dice, waited, history = -1.0, 0, []
@@ -1361,7 +1375,7 @@ def fit(model, cfg, split):
         improved = row["val_dice"] is not None and row["val_dice"] > best_dice
         if improved:
             best_dice, waited = row["val_dice"], 0
-            save_checkpoint(out / "checkpoints" / "best_model.pth", model, cfg, split, row)
+            save_checkpoint(out / "checkpoints" / "best_model.pth", model, cfg, scans, row)
         write_json(out / "logs" / "training_history.json", history)
         log_epoch(history, improved, cfg)
         if epoch == 50 and best_dice == 0:
@@ -1430,38 +1444,36 @@ def volume_ml(mask, affine):
     return float(mask.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000)
 
 
-def bootstrap_interval(statistic, samples, seed):
-    """Return the bootstrap's 95 % confidence interval [low, high] over subjects, seeded.
+RESAMPLES = {"n_resamples": 10_000, "vectorized": True}
 
-    `statistic` takes arrays of paired values and an axis. [None, None] where it is undefined: below
-    two subjects, or where resamples of so few subjects leave it undefined.
+
+def summarise(rows, key, seed):
+    """Return the distribution of a score over cases, without those where it is None.
+
+    SD with ddof 0, as published. The interval is the bootstrap's for the mean, 95 %, seeded, from
+    resampled subjects (the mean of a subject's scans); None below two subjects.
+
+    Returns:
+        {"mean", "sd", "median", "q1", "q3", "ci95": [low, high], "n", "undefined": how many None}
     """
-    if len(samples[0]) < 2:
-        return [None, None]
-    settings = {"paired": True, "n_resamples": 10_000, "vectorized": True}
-    for method in ("BCa", "percentile"):  # BCa is undefined where all values are equal
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            rng = np.random.default_rng(seed)
-            result = stats.bootstrap(samples, statistic, method=method, rng=rng, **settings)
+    scans_of = {}
+    for row in rows:
+        if row[key] is not None:
+            scans_of.setdefault(row["subject"], []).append(row[key])
+    known, interval = [value for values in scans_of.values() for value in values], None
+    if len(scans_of) > 1:
+        means = (np.array([np.mean(values) for values in scans_of.values()]),)
+        # BCa, but for values that are all equal, which leave it undefined.
+        method = "BCa" if np.ptp(means) > 1e-12 else "percentile"
+        rng = np.random.default_rng(seed)
+        result = stats.bootstrap(means, np.mean, method=method, rng=rng, **RESAMPLES)
         interval = [float(limit) for limit in result.confidence_interval]
-        if np.isfinite(interval).all():
-            return interval
-    return [None, None]
-
-
-SUMMARY = ("mean", "sd", "median", "q1", "q3", "ci95")
-
-
-def summarise(values, seed):
-    """Return the SUMMARY (SD with ddof 0) of the values that are not None, and how many are."""
-    known = np.array([value for value in values if value is not None], dtype=float)
-    summary = dict.fromkeys(SUMMARY)
-    if len(known):
-        numbers = [known.mean(), known.std(), *np.percentile(known, (50, 25, 75))]
-        summary = dict(zip(SUMMARY, map(float, numbers), strict=False))
-        summary["ci95"] = bootstrap_interval(np.mean, (known,), seed)
-    return summary | {"n": len(known), "undefined": len(values) - len(known)}
+    numbers = [None] * 5
+    if known:
+        numbers = [np.mean(known), np.std(known), *np.percentile(known, (50, 25, 75))]
+        numbers = map(float, numbers)
+    summary = dict(zip(("mean", "sd", "median", "q1", "q3"), numbers, strict=True))
+    return summary | {"ci95": interval, "n": len(known), "undefined": len(rows) - len(known)}
 
 
 def pearson_r(label, pred, axis=-1):
@@ -1470,67 +1482,75 @@ def pearson_r(label, pred, axis=-1):
 
 
 def lin_ccc(label, pred, axis=-1):
-    """Return Lin's concordance correlation (Lin 1989, 10.2307/2532051)."""
-    means = [values.mean(axis, keepdims=True) for values in (label, pred)]
-    covariance = ((label - means[0]) * (pred - means[1])).mean(axis)
-    shift = (means[0] - means[1]).squeeze(axis)
-    return 2 * covariance / (label.var(axis) + pred.var(axis) + shift**2)
+    """Return Lin's concordance correlation (Lin 1989, 10.2307/2532051); NaN if nothing varies."""
+    shift = label.mean(axis) - pred.mean(axis)
+    centred = [values - values.mean(axis, keepdims=True) for values in (label, pred)]
+    spread = label.var(axis) + pred.var(axis) + shift**2
+    scale = (label**2).mean(axis) + (pred**2).mean(axis)
+    defined = spread > 1e-12 * scale  # rounding alone gives some spread
+    return np.where(defined, 2 * (centred[0] * centred[1]).mean(axis) / spread, np.nan)
 
 
 def agreement(label, pred, seed):
-    """Return how two measurements of the same subjects agree.
+    """Return how two measurements of the same cases agree.
 
-    Pearson's r and Lin's concordance with their intervals, the Bland-Altman bias (prediction minus
-    ground truth) and its limits of agreement, 1.96 SD (ddof 1) around it (Bland and Altman 1986,
-    10.1016/S0140-6736(86)90837-8). All None below 3 subjects.
+    Pearson's r and Lin's concordance; the Bland-Altman bias (prediction minus ground truth) and its
+    limits of agreement, 1.96 SD (ddof 1) around it (Bland and Altman 1986,
+    10.1016/S0140-6736(86)90837-8). All None below 3 cases, r also where one side is constant. The
+    intervals of r and concordance are the bootstrap's percentiles, 95 %, of the resamples that
+    leave them defined; None below 10 cases, where too many resamples hold two or three of them.
     """
     label, pred = np.array(label, dtype=float), np.array(pred, dtype=float)
-    result = dict.fromkeys(("pearson_r", "pearson_r_ci95", "lin_ccc", "lin_ccc_ci95"))
-    result |= dict.fromkeys(("bias", "limits_of_agreement"))
-    if len(label) < 3:
-        return result
+    result = dict.fromkeys(("bias", "limits_of_agreement"))
     for name, statistic in {"pearson_r": pearson_r, "lin_ccc": lin_ccc}.items():
+        result |= {name: None, f"{name}_ci95": None}
         with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore", stats.ConstantInputWarning)
-            value = float(statistic(label, pred))
-        result[name] = value if math.isfinite(value) else None
-        result[f"{name}_ci95"] = bootstrap_interval(statistic, (label, pred), seed)
-    error = pred - label
-    reach = 1.96 * error.std(ddof=1)
-    limits = [float(error.mean() - reach), float(error.mean() + reach)]
-    return result | {"bias": float(error.mean()), "limits_of_agreement": limits}
+            warnings.simplefilter("ignore")  # of constant sides
+            value = float(statistic(label, pred)) if len(label) >= 3 else math.nan
+            if math.isfinite(value):
+                result[name] = value
+            if math.isfinite(value) and len(label) >= 10:
+                settings = {"paired": True, "method": "percentile", **RESAMPLES}
+                rng = np.random.default_rng(seed)
+                drawn = stats.bootstrap((label, pred), statistic, rng=rng, **settings)
+                limits = np.nanpercentile(drawn.bootstrap_distribution, (2.5, 97.5))
+                result[f"{name}_ci95"] = limits.tolist()
+    if len(label) >= 3:
+        error = pred - label
+        bias, reach = float(error.mean()), float(1.96 * error.std(ddof=1))
+        result |= {"bias": bias, "limits_of_agreement": [bias - reach, bias + reach]}
+    return result
 
 
 def aggregate(rows, cfg):
     """Return the blocks of summaries over the rows of all test cases."""
 
-    def block(*keys, prefix=""):
-        return {key: summarise([row[prefix + key] for row in rows], cfg.SEED) for key in keys}
+    def summaries(template, *names):
+        return {name: summarise(rows, template.format(name), cfg.SEED) for name in names}
 
-    def total(key):
-        return sum(row[key] for row in rows)
+    def totals(template, *names):
+        return {name: sum(row[template.format(name)] for row in rows) for name in names}
 
-    sides = {key: total(key) for key in ("count_label", "count_pred")}
-    lesions = {"connectivity": 26, **sides}
+    native = {"grid": "native grid of each scan"}
+    lesions = native | {"connectivity": 26} | totals("{}", "count_label", "count_pred")
     for rule, meaning in LESION_RULES.items():
-        keys = [f"lesion_{name}_{rule}" for name in ("sensitivity", "precision", "f1")]
-        matched = {key: total(key) for key in (f"matched_label_{rule}", f"matched_pred_{rule}")}
-        lesions[rule] = {"matched_where": meaning, **matched, **block(*keys)}
-    burden = {}
+        lesions[rule] = {"matched_where": meaning}
+        lesions[rule] |= totals(f"{{}}_{rule}", "matched_label", "matched_pred")
+        lesions[rule] |= summaries(f"lesion_{{}}_{rule}", "sensitivity", "precision", "f1")
+    burden = dict(native)
     for name in ("count", "volume_ml"):
-        keys = [f"{name}_{key}" for key in ("label", "pred", "error", "error_percent")]
-        pairs = ([row[key] for row in rows] for key in keys[:2])
-        burden[name] = block(*keys) | agreement(*pairs, cfg.SEED)
-    boundary = block("nsd_voxel", "nsd_1mm", "hd95_mm") | {"worst_cases": total("worst_case")}
-    blocks = {
-        "native": block(*METRICS, prefix="native_"),
-        "roundtrip": block("dice", prefix="roundtrip_"),
+        sides = ([row[f"{name}_{side}"] for row in rows] for side in ("label", "pred"))
+        burden[name] = summaries(f"{name}_{{}}", "label", "pred", "error", "error_percent")
+        burden[name] |= agreement(*sides, cfg.SEED)
+    boundary = native | summaries("{}", "nsd_voxel", "nsd_1mm", "hd95_mm")
+    return {
+        "working": {"grid": describe_grid(cfg)} | summaries("{}", *METRICS),
+        "native": native | summaries("native_{}", *METRICS),
+        "roundtrip": native | summaries("roundtrip_{}", "dice"),
         "lesions": lesions,
         "burden": burden,
-        "boundary": boundary,
+        "boundary": boundary | {"worst_cases": totals("{}", "worst_case")["worst_case"]},
     }
-    blocks = {name: {"grid": "native grid of each scan"} | block for name, block in blocks.items()}
-    return {"working": {"grid": describe_grid(cfg)} | block(*METRICS)} | blocks
 
 
 def write_test_metrics(folder, rows, model, cfg):
@@ -1559,49 +1579,47 @@ def write_csv(path, rows):
     write_file(path, buffer.getvalue())
 
 
-TEST_TABLE = {  # the columns of the printed table and their keys
-    **{words: (name, "working", name) for name, words in METRICS.items()},
-    "native Dice": ("native_dice", "native", "dice"),
-    "round trip": ("roundtrip_dice", "roundtrip", "dice"),
-    "NSD 1 mm": ("nsd_1mm", "boundary", "nsd_1mm"),
-    "HD95, mm": ("hd95_mm", "boundary", "hd95_mm"),
+TEST_TABLE = {  # the columns of the printed table: title, block and name in it, key of a row
+    **{title: ("working", name, name) for name, title in METRICS.items()},
+    "native Dice": ("native", "dice", "native_dice"),
+    "round trip": ("roundtrip", "dice", "roundtrip_dice"),
+    "NSD 1 mm": ("boundary", "nsd_1mm", "nsd_1mm"),
+    "HD95, mm": ("boundary", "hd95_mm", "hd95_mm"),
 }
 
 
 def log_test_table(rows, blocks, cfg):
-    """Print a row a case, then mean, standard deviation and the mean's confidence interval."""
+    """Print a row a case, then mean, SD and the mean's confidence interval, then the burden."""
     log.info("\nTest scores of %s", data_set_name(cfg))
-    log.info("Dice to recall: %s; the others: each scan's native grid", describe_grid(cfg))
-    width = max(10, *(len(row["name"]) for row in rows))
+    log.info("Dice to recall: %s; the others: native grid of each scan", describe_grid(cfg))
+    table = [(row["name"], [row[key] for *_, key in TEST_TABLE.values()]) for row in rows]
+    summaries = [blocks[block][name] for block, name, _ in TEST_TABLE.values()]
+    ends = [summary["ci95"] or [None, None] for summary in summaries]
+    table += [("mean", [s["mean"] for s in summaries]), ("SD", [s["sd"] for s in summaries])]
+    table += [("95 % from", [low for low, _ in ends]), ("95 % to", [high for _, high in ends])]
+    width = max(len(name) for name, _ in table)
     log.info(" " * width + "".join(f"{title:>12}" for title in TEST_TABLE))
-    table = [(row["name"], [row[key] for key, *_ in TEST_TABLE.values()]) for row in rows]
-    summaries = [blocks[block][name] for _, block, name in TEST_TABLE.values()]
-    table += [
-        (words, [s[key] for s in summaries]) for words, key in (("mean", "mean"), ("SD", "sd"))
-    ]
-    for end, words in enumerate(("95 % low", "95 % high")):
-        table.append((words, [summary["ci95"][end] for summary in summaries]))
     for name, values in table:
         cells = ("-" if value is None else f"{value:.4f}" for value in values)
         log.info(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
-    lesions, burden = blocks["lesions"], blocks["burden"]["volume_ml"]
-    f1 = lesions["any"]["lesion_f1_any"]["mean"]
-    log.info(
-        f"PVS: {lesions['count_label']} in the ground truth, {lesions['count_pred']} predicted, "
-        f"mean lesion F1 {f1:.4f} (any overlap); volume: mean "
-        f"{burden['volume_ml_label']['mean']:.3f} and {burden['volume_ml_pred']['mean']:.3f} ml"
-    )
+    lesions, volume = blocks["lesions"], blocks["burden"]["volume_ml"]
+    f1 = [f"{lesions[rule]['f1']['mean']:.4f} ({LESION_RULES[rule]})" for rule in LESION_RULES]
+    counts = f"{lesions['count_label']} in the ground truth, {lesions['count_pred']} predicted"
+    log.info("PVS: %s; mean F1 %s", counts, ", ".join(f1))
+    means = [f"{volume[side]['mean']:.3f} ml" for side in ("label", "pred")]
+    log.info("Mean volume: %s in the ground truth, %s predicted", *means)
+    log.info("Scans where one mask is empty: %d", blocks["boundary"]["worst_cases"])
+
+
+GEOMETRY = """pixdim xyzt_units qform_code sform_code quatern_b quatern_c quatern_d
+    qoffset_x qoffset_y qoffset_z srow_x srow_y srow_z"""  # what a NIfTI header says of the grid
 
 
 def write_nifti(path, volume, scan_path):
     """Write an array (X, Y, Z) on the grid of a scan file: its affine, shape, q and sform codes."""
     scan, _ = read_header(scan_path)
     header = type(scan.header)()
-    names = ("pixdim", "xyzt_units", "qform_code", "sform_code")
-    quaternion = (
-        f"{kind}_{axis}" for kind, axes in (("quatern", "bcd"), ("qoffset", "xyz")) for axis in axes
-    )
-    for name in (*names, *quaternion, "srow_x", "srow_y", "srow_z"):
+    for name in GEOMETRY.split():
         header[name] = scan.header[name]
     header.set_data_dtype(volume.dtype)
     nifti = type(scan)(volume.reshape(scan.shape), None, header)
@@ -1624,17 +1642,18 @@ def write_prediction(case, prob, cfg):
     return pred
 
 
-def write_description(sources, cfg):
-    """Write `predictions/dataset_description.json`; `sources`: the folders of the scans."""
-    made = (
-        f"UNet++ with {cfg.ENCODER_NAME}, {describe_grid(cfg)}; probability on the scan's own grid"
-    )
+def write_description(cases, cfg):
+    """Write `predictions/dataset_description.json`, which names the data sets of the scans."""
+    folders = [Path(case["image"]).resolve().parents for case in cases]
+    marked = ([p for p in above if (p / "dataset_description.json").exists()] for above in folders)
+    sources = {(found or above)[0] for found, above in zip(marked, folders, strict=True)}
+    made = f"UNet++ with {cfg.ENCODER_NAME}, {describe_grid(cfg)}; probability on the native grid"
     content = {
         "Name": "Perivascular spaces (PVS), predicted",
         "BIDSVersion": "1.10.0",
         "DatasetType": "derivative",
         "GeneratedBy": [{"Name": "train_pvs.py", "Description": f"{made}, mask where above 0.5"}],
-        "SourceDatasets": [{"URL": Path(folder).resolve().as_uri()} for folder in sources],
+        "SourceDatasets": [{"URL": folder.as_uri()} for folder in sorted(sources)],
     }
     write_json(Path(cfg.OUTPUT_DIR) / "predictions" / "dataset_description.json", content)
 
@@ -1794,8 +1813,8 @@ def draw_agreement(path, rows, burden, cfg):
         line[1].plot((label + pred) / 2, pred - label, "o", alpha=0.7)
         if result["bias"] is not None:
             low, high = result["limits_of_agreement"]
-            line[1].axhline(result["bias"], color="C1", label=f"bias {result['bias']:#.3g}")
-            told = f"limits of agreement {low:#.3g} to {high:#.3g}"
+            line[1].axhline(result["bias"], color="C1", label=f"bias {result['bias']:.2f}")
+            told = f"limits of agreement {low:.2f} to {high:.2f}"
             line[1].axhline(low, color="C1", ls="--", label=told)
             line[1].axhline(high, color="C1", ls="--")
         line[1].set(title="Bland-Altman", xlabel=f"mean of both, {words}")
@@ -2048,7 +2067,7 @@ def log_plan(cfg, model, scans):
 def evaluate(model, cases, cfg):
     """Test prepared cases on both grids; write predictions, scores and figures, print a table."""
     out, rows, slices = Path(cfg.OUTPUT_DIR), [], []
-    write_description([cfg.DATA_DIR], cfg)
+    write_description(cases, cfg)
     for case in Progress(cases, "testing"):
         entry = load_cached(case, cfg)
         image, label = (np.asarray(read_volume(case[key])[0]) for key in BOTH)
@@ -2111,6 +2130,7 @@ def predict_scans(model, cases, cfg):
         the exit status, 1 where a scan could not be done
     """
     out, rows, problems = Path(cfg.OUTPUT_DIR), [], []
+    write_description(cases, cfg)
     for case in Progress(cases, "predicting"):
         try:
             image = read_volume(case["image"])
@@ -2179,30 +2199,35 @@ def choose_checkpoint(cfg, options):
     return next(filter(Path.is_dir, folders), folders[0]) / "best_model.pth"
 
 
-def choose_test_cases(cases, split):
+def choose_test_cases(cases, scans):
     """Return the cases that a checkpoint may be tested on, and whether they are the run's own.
 
-    `split`: of the checkpoint. Scans are known again by name and file size, wherever they lie. Of
-    the run's own data set the test part is returned, of another one all cases.
+    `scans`: of the checkpoint, by part of its split. They are known again by their fingerprints,
+    wherever they lie. Of the run's own data set the test part is returned, of another all cases.
 
     Raises:
-        ValueError: the run's own data set, but not all scans of its test part are there.
+        ValueError: scans of the training, but not all of the test part.
     """
-    names = {case["name"]: os.stat(case["image"]).st_size for case in cases}
-    known = {part: {n for n in split[part] if names.get(n) == split[part][n]} for part in split}
+    prints = {case["name"]: fingerprint(case["image"]) for case in cases}
+    known = {part: set(scans[part].values()) & set(prints.values()) for part in scans}
     if not any(known.values()):
-        same = [name for part in split.values() for name in part if name in names]
+        same = set(prints) & set().union(*scans.values())
         if same:
-            told = "%d scans bear names of the run's own, but differ: taken for other heads"
-            log.warning(f"Warning: {told}", len(same))
+            told = (
+                "Warning: %d scans bear names of the run's own, but are other files: all are tested"
+            )
+            log.warning(told, len(same))
         return cases, False
-    missing = sorted(set(split["test"]) - known["test"])
+    missing = [name for name, print_ in scans["test"].items() if print_ not in known["test"]]
     if missing:
         raise ValueError(
-            f"DATA_DIR: holds scans that the checkpoint was trained with, but not its test scans "
-            f"{', '.join(missing)} as they were; expected those too, or another data set"
+            "DATA_DIR: holds scans that the checkpoint was trained or tested with, but not its "
+            f"test scans {', '.join(missing)}; expected those too, or another data set"
         )
-    return [case for case in cases if case["name"] in known["test"]], True
+    strangers = [name for name in prints if prints[name] not in set().union(*known.values())]
+    if strangers:
+        log.warning("Warning: left out, not in the run's split: %s", " ".join(strangers))
+    return [case for case in cases if prints[case["name"]] in known["test"]], True
 
 
 def set_up_trained(cfg, options):
@@ -2215,7 +2240,7 @@ def set_up_trained(cfg, options):
         cases = find_scans(options.predict, cfg)
     else:
         check_data_folder(cfg)
-        cases, own = choose_test_cases(find_cases(cfg), content["split"])
+        cases, own = choose_test_cases(find_cases(cfg), content["scans"])
     in_place = own and path.resolve().parents[1] == Path(cfg.OUTPUT_DIR).resolve()
     if not in_place and Path(cfg.OUTPUT_DIR, "checkpoints").exists():
         name = command if options.predict else f"{command}-{Path(cfg.DATA_DIR).resolve().name}"
@@ -2223,16 +2248,14 @@ def set_up_trained(cfg, options):
     model = build_model(replace(cfg, ENCODER_WEIGHTS="none"))
     load_weights(model, content, path)
     open_output_folder(cfg, command, options.overwrite or in_place)
-    for path in [] if in_place else find_results(cfg):  # which --overwrite gives up
-        path.unlink()
+    for old in [] if in_place else find_results(cfg):  # which --overwrite gives up
+        old.unlink()
     log_settings(cfg, f"--{command}, checkpoint {path}")
     best = content["history_row"]
     told = "epoch %d, validation Dice %.4f on the working grid"
     log.info(f"Weights         {told}", best["epoch"], best["val_dice"])
     if options.predict:
         log_plan(cfg, model, f"{len(cases)} to segment")
-        sources = sorted({Path(case["image"]).parent for case in cases})
-        write_description(sources, cfg)
         return functools.partial(predict_scans, model.to(choose_device(cfg)), cases, cfg)
     prepare_cases(cases, cfg, keep_empty=True)
     log.info("Data            %s", data_set_name(cfg))

@@ -1,10 +1,16 @@
-"""Sliding-window prediction of whole volumes."""
+"""Prediction of whole volumes: sliding windows, the way to the scan's own grid, its files."""
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
+from scipy import ndimage, special
+from scipy.spatial.transform import Rotation
 from torch import nn
 
 import train_pvs
+from conftest import save_nifti
 
 
 class Pointwise(nn.Module):
@@ -42,3 +48,270 @@ def test_prediction_puts_the_model_into_evaluation_mode(tiny_config):
     assert not any(module.training for module in model.modules())
     # Random dropped paths or running statistics that move would change the second one.
     assert torch.equal(first, train_pvs.predict_logits(model, image, tiny_config()))
+
+
+# ------------------------------------------------------------------------- to the scan's own grid
+
+
+def affine_of(codes, spacing, turn=(0, 0, 0)):
+    """Return an affine whose axes run to these sides, `spacing` along them, turned by degrees."""
+    linear = np.diag(spacing).astype(float)
+    to_ras = nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(codes), (1, 1, 1))
+    rotation = Rotation.from_euler("xyz", turn, degrees=True).as_matrix()
+    return nib.affines.from_matvec(rotation @ to_ras[:3, :3] @ linear, (-17.3, 8.1, 40.7))
+
+
+def make_scan(shape):
+    """Return a head (400, air 0), and thin bright tubes in it (800), which are the label."""
+    axes = [np.linspace(-1, 1, n) for n in shape]
+    head = sum(axis**2 for axis in np.meshgrid(*axes, indexing="ij")) < 0.8
+    label = np.zeros(shape, np.int16)
+    x, y, z = (n // 2 for n in shape)
+    label[x, y - 2 : y + 3, z] = label[x - 3 : x + 2, y + 1, z - 1] = 1
+    label[x + 2, y - 2 : y, z - 2 : z + 3] = label[x - 3, y - 2, z + 1] = 1
+    assert head[label > 0].all()
+    return (400 * head + 400 * label).astype(np.int16), label
+
+
+def dice(a, b):
+    return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+def interpolate(volume, affine, native_affine, native_shape):
+    """Return a working-grid volume between its voxels at the native ones, by scipy; 0 outside."""
+    places = nib.affines.apply_affine(
+        np.linalg.inv(affine) @ native_affine, np.moveaxis(np.indices(native_shape), 0, -1)
+    )
+    return ndimage.map_coordinates(
+        volume, np.moveaxis(places, -1, 0), order=1, mode="grid-constant", cval=0
+    )
+
+
+GRIDS = {
+    "RAS": (affine_of("RAS", (1, 1, 1)), (21, 25, 19), (1, 1, 1)),
+    "LPS": (affine_of("LPS", (1, 1, 1)), (21, 25, 19), (1, 1, 1)),
+    "LAS, even": (affine_of("LAS", (0.8, 0.8, 0.8)), (22, 26, 20), (0.8, 0.8, 0.8)),
+    # The axes run up, to the back and to the right: along right, front and top 2, 1 and 0.7 mm.
+    "SPR, anisotropic": (affine_of("SPR", (0.7, 1, 2)), (31, 25, 17), (2, 1, 0.7)),
+    "SPL": (affine_of("SPL", (1.1, 0.9, 0.6)), (19, 23, 27), (0.6, 0.9, 1.1)),
+    "oblique": (affine_of("RAS", (1, 1, 1), (12, -7, 20)), (21, 25, 19), (1, 1, 1)),
+    "oblique LIP, anisotropic": (
+        affine_of("LIP", (0.5, 0.9, 1.3), (-9, 14, 5)), (33, 27, 19), (0.5, 1.3, 0.9)
+    ),
+    "smaller than the patch": (affine_of("PIR", (1, 1, 1)), (11, 13, 9), (1, 1, 1)),
+}  # fmt: skip
+
+
+@pytest.fixture(params=GRIDS)
+def grid(request):
+    """(native affine, native shape, PIX_DIM equal to the scan's own spacing)"""
+    return GRIDS[request.param]
+
+
+@pytest.fixture
+def case_of(tmp_path):
+    """Return a function that writes a scan and its mask and returns their case."""
+
+    def write(affine, image, label, suffix=".nii"):
+        paths = [tmp_path / f"sub-1_{key}{suffix}" for key in ("T2w", "mask")]
+        for path, volume in zip(paths, (image, label), strict=True):
+            save_nifti(path, volume, affine)
+        return train_pvs.name_case(paths[0]) | {"label": str(paths[1])}
+
+    return write
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_mask_comes_back_exact_from_a_working_grid_of_the_scans_own_spacing(
+    suffix, grid, case_of, tiny_config
+):
+    affine, shape, pix_dim = grid
+    image, label = make_scan(shape)
+    case = case_of(affine, image, label, suffix)
+    entry = train_pvs.build_cache_entry(case, tiny_config(PIX_DIM=pix_dim))
+    assert entry["roundtrip_dice"] == 1.0
+    assert entry["native_spacing"] == pytest.approx(pix_dim)
+    assert min(entry["label"].shape[1:]) >= 16  # padded to the patch
+    back = train_pvs.to_native_grid(entry["label"].float(), entry)[0].numpy() > 0.5
+    assert back.shape == shape
+    assert np.array_equal(back, label > 0)
+
+
+def test_probability_comes_back_as_it_was_from_a_working_grid_of_the_scans_own_spacing(
+    grid, tiny_config, monkeypatch
+):
+    # Percentiles 0 and 100 leave noise in [0, 1] as it is; all is head, so nothing is cropped.
+    affine, shape, pix_dim = grid
+    prob = np.random.default_rng(0).random(shape).astype(np.float32)
+    prob.flat[:2] = 0, 1
+    cfg = tiny_config(PIX_DIM=pix_dim, INTENSITY_PERCENTILES=(0, 100))
+    volume = MetaTensor(torch.from_numpy(prob)[None], torch.from_numpy(affine))
+    monkeypatch.setattr(train_pvs, "head_mask", lambda image: np.ones(image.shape, bool))
+    entry = train_pvs.to_working_grid({"image": volume}, cfg)
+    back = train_pvs.to_native_grid(entry["image"].float(), entry)[0].numpy()
+    np.testing.assert_allclose(back, prob, atol=2e-3)  # float16 has steps of 0.0005 below 1
+
+
+@pytest.mark.parametrize("pix_dim", [(1.4, 1.4, 1.4), (1.2, 1.8, 1.4)])
+@pytest.mark.parametrize("name", ["RAS", "SPR, anisotropic", "oblique LIP, anisotropic"])
+def test_round_trip_dice_of_a_coarser_grid_is_that_of_an_independent_computation(
+    name, pix_dim, case_of, tiny_config
+):
+    affine, shape, _ = GRIDS[name]
+    image, label = make_scan(shape)
+    cfg = tiny_config(PIX_DIM=pix_dim)
+    entry = train_pvs.build_cache_entry(case_of(affine, image, label), cfg)
+    # There: the native voxel nearest to each working one; half-way between two it may be either.
+    working_affine = entry["affine"].numpy()
+    assert nib.affines.voxel_sizes(working_affine) == pytest.approx(pix_dim)
+    places = nib.affines.apply_affine(
+        np.linalg.inv(affine) @ working_affine,
+        np.moveaxis(np.indices(entry["label"].shape[1:]), 0, -1),
+    )
+    working = ndimage.map_coordinates(label, np.moveaxis(places, -1, 0), order=0)
+    clear = (np.abs(places % 1 - 0.5) > 1e-3).all(-1)
+    assert working[clear].any()
+    assert np.array_equal(working[clear], entry["label"][0].numpy()[clear])
+    back = interpolate(entry["label"][0].numpy().astype(float), working_affine, affine, shape)
+    assert np.abs(back - 0.5).min() > 1e-4  # so that rounding decides nothing
+    assert entry["roundtrip_dice"] == pytest.approx(dice(back > 0.5, label > 0), abs=1e-6)
+    assert 0 < entry["roundtrip_dice"] < 1
+
+
+@pytest.mark.parametrize("pix_dim", [None, (1.4, 1.4, 1.4)])
+def test_native_probability_is_the_working_one_interpolated(grid, pix_dim, case_of, tiny_config):
+    affine, shape, own_spacing = grid
+    cfg = tiny_config(PIX_DIM=pix_dim or own_spacing, AMP=False)
+    entry = train_pvs.build_cache_entry(case_of(affine, *make_scan(shape)), cfg)
+    working, native = train_pvs.predict_case(Pointwise(), entry, cfg)
+    assert (working.dtype, native.dtype) == (np.float32, np.float32)
+    assert (working.shape, native.shape) == (entry["image"].shape[1:], shape)
+    image = entry["image"][0].float().numpy()
+    np.testing.assert_allclose(working, special.expit(10 * image - 5), atol=1e-4)
+    expected = interpolate(working, entry["affine"].numpy(), affine, shape)
+    np.testing.assert_allclose(native, expected, atol=1e-3)
+    if pix_dim:  # a resampled mask would hold what lies between 0 and 1, but not the extremes' mix
+        mask = interpolate((working > 0.5).astype(float), entry["affine"].numpy(), affine, shape)
+        assert np.abs(native - mask).max() > 0.1
+
+
+def test_native_probability_is_0_outside_the_box_of_the_head(tiny_config, tmp_path):
+    # The head fills voxels 10 to 19 along each axis, the box two more on either side: 8 to 21,
+    # which are 14; the padding to the patch's 16 makes it 7 to 22. A model that is sure of PVS
+    # everywhere (logit 5 at least) must not claim the air.
+    image = np.zeros((30, 32, 34), np.int16)
+    image[10:20, 10:20, 10:20] = 400
+    path = save_nifti(tmp_path / "sub-1_T2w.nii", image)
+    cfg = tiny_config(AMP=False)
+    entry = train_pvs.to_working_grid({"image": train_pvs.read_volume(path)}, cfg)
+    model = Pointwise()
+    model.forward = lambda image: 10 * image + 5
+    working, native = train_pvs.predict_case(model, entry, cfg)
+    assert working.shape == (16, 16, 16)
+    assert working.min() > 0.99
+    inside = np.zeros(image.shape, bool)
+    inside[7:23, 7:23, 7:23] = True
+    assert native[inside].min() > 0.99
+    assert np.abs(native[~inside]).max() < 1e-4
+
+
+def test_prediction_marks_the_very_voxels_that_are_bright_in_the_scan(grid, case_of, tiny_config):
+    # Percentiles 0 and 100 of the head take 400 to 0 and 800 to 1: the logits are -5 and 5.
+    affine, shape, pix_dim = grid
+    image, label = make_scan(shape)
+    cfg = tiny_config(PIX_DIM=pix_dim, AMP=False, INTENSITY_PERCENTILES=(0, 100))
+    case = case_of(affine, image, label)
+    entry = train_pvs.to_working_grid({"image": train_pvs.read_volume(case["image"])}, cfg)
+    _, prob = train_pvs.predict_case(Pointwise(), entry, cfg)
+    assert np.array_equal(prob > 0.5, label > 0)
+
+
+# --------------------------------------------------------------------------------- written volumes
+
+
+def write_scan(path, shape, qform, sform, kind=nib.Nifti1Image, endianness="<", units="mm"):
+    """Write a scan with these (affine or None, code) as its q and sform; return the path."""
+    header = kind.header_class(endianness=endianness)
+    header.set_data_dtype(np.int16)
+    scan = kind(np.arange(np.prod(shape), dtype=np.int16).reshape(shape), None, header)
+    scan.header.set_zooms([0.7, 1.1, 1.3, 1][: len(shape)])
+    scan.header.set_qform(*qform)
+    scan.header.set_sform(*sform)
+    scan.header.set_xyzt_units(units, "sec")
+    path.write_bytes(scan.to_bytes())
+    return path
+
+
+Q = affine_of("LPS", (0.7, 1.1, 1.3), (10, 20, -5))
+S = affine_of("LPS", (0.71, 1.1, 1.3), (12, 18, -5))
+FORMS = {
+    "sform only": ((None, 0), (S, 2)),
+    "qform only": ((Q, 1), (None, 0)),
+    "both, sform wins": ((Q, 2), (S, 1)),
+    "both the same": ((Q, 1), (Q, 1)),
+    "none": ((None, 0), (None, 0)),
+}
+
+
+@pytest.mark.parametrize("forms", FORMS)
+@pytest.mark.parametrize(
+    ("shape", "kind", "endianness", "units"),
+    [
+        ((5, 6, 7), nib.Nifti1Image, "<", "mm"),
+        ((5, 6, 7), nib.Nifti1Image, ">", "micron"),
+        ((5, 6, 7, 1), nib.Nifti1Image, "<", "unknown"),
+        ((5, 6, 7), nib.Nifti2Image, "<", "mm"),
+        ((5, 6, 7, 1), nib.Nifti2Image, ">", "mm"),
+    ],
+)
+def test_written_prediction_lies_on_the_grid_of_the_scan_by_its_very_header(
+    forms, shape, kind, endianness, units, tiny_config, tmp_path
+):
+    path = write_scan(tmp_path / "sub-1_T2w.nii", shape, *FORMS[forms], kind, endianness, units)
+    cfg = tiny_config(OUTPUT_DIR=str(tmp_path), SAVE_PROBABILITIES=True)
+    case = train_pvs.name_case(path)
+    prob = np.random.default_rng(1).random((5, 6, 7)).astype(np.float32)
+    mask = train_pvs.write_prediction(case, prob, cfg)
+    assert np.array_equal(mask, prob > 0.5)
+    scan = nib.load(path)
+    folder = tmp_path / "predictions" / "sub-1" / "anat"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "sub-1_label-PVS_desc-unetpp_mask.nii.gz",
+        "sub-1_label-PVS_desc-unetpp_probseg.nii.gz",
+    ]
+    for suffix, dtype, expected in (
+        ("mask", np.uint8, (prob > 0.5).astype(np.uint8)),
+        ("probseg", np.float32, prob),
+    ):
+        written = nib.load(folder / f"sub-1_label-PVS_desc-unetpp_{suffix}.nii.gz")
+        assert type(written) is kind
+        assert written.shape == shape
+        assert written.get_data_dtype() == dtype
+        values = np.asarray(written.dataobj)
+        assert values.dtype == dtype  # no scaling
+        assert np.array_equal(values, expected.reshape(shape))
+        assert np.array_equal(written.affine, scan.affine)
+        for form in ("qform", "sform"):
+            assert int(written.header[f"{form}_code"]) == int(scan.header[f"{form}_code"])
+        assert np.array_equal(written.header.get_qform(), scan.header.get_qform())
+        assert np.array_equal(written.header.get_sform(), scan.header.get_sform())
+        assert written.header.get_zooms() == scan.header.get_zooms()
+        assert written.header.get_xyzt_units() == scan.header.get_xyzt_units() == (units, "sec")
+    if forms == "both, sform wins":  # the case tells the two apart
+        assert not np.allclose(scan.header.get_qform(), scan.header.get_sform(), atol=1e-3)
+
+
+def test_scaling_and_intent_of_the_scan_are_not_those_of_the_mask(tiny_config, tmp_path):
+    path = write_scan(tmp_path / "sub-1_T2w.nii", (5, 6, 7), (Q, 1), (Q, 1))
+    content = bytearray(path.read_bytes())
+    header = np.frombuffer(content, nib.nifti1.header_dtype, count=1)
+    header["scl_slope"], header["scl_inter"], header["cal_max"] = 0.25, 100, 3000
+    header["descrip"], header["intent_name"] = b"name of a patient", b"patient"
+    path.write_bytes(content)
+    assert nib.load(path).get_fdata()[0, 0, 1] == 100.25
+    cfg = tiny_config(OUTPUT_DIR=str(tmp_path))
+    train_pvs.write_prediction(train_pvs.name_case(path), np.ones((5, 6, 7), np.float32), cfg)
+    written = nib.load(next((tmp_path / "predictions").rglob("*_mask.nii.gz")))
+    assert (written.get_fdata() == 1).all()
+    assert float(written.header["cal_max"]) == 0
+    assert b"patient" not in written.header.binaryblock

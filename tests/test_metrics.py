@@ -1,8 +1,13 @@
-"""The scores and the loss against scikit-learn and plain torch."""
+"""Scores and loss against hand-worked numbers and independent libraries."""
+
+from itertools import product
 
 import numpy as np
 import pytest
+import surface_distance
 import torch
+from scipy import ndimage
+from scipy.spatial.distance import cdist
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 from torch.nn.functional import binary_cross_entropy
 
@@ -63,3 +68,210 @@ def test_loss_is_half_bce_and_half_dice_loss_over_the_whole_batch(density):
     dice_loss = 1 - overlap / (probability.sum() + label.sum() + 1)
     expected = 0.5 * binary_cross_entropy(probability, label) + 0.5 * dice_loss
     torch.testing.assert_close(train_pvs.loss_function(logits, label), expected)
+
+
+def line(text):
+    """Return a mask (1, 1, Z) that is true where the text has a 1: each run of 1s is a PVS."""
+    return np.array([[[character == "1" for character in text]]])
+
+
+def lesion_row(counts, any_overlap, iou):
+    """Return the row of scores; of a rule: matched of both sides, sensitivity, precision, F1."""
+    row = dict(zip(("count_label", "count_pred"), counts, strict=True))
+    names = ("matched_label", "matched_pred")
+    names += ("lesion_sensitivity", "lesion_precision", "lesion_f1")
+    for rule, numbers in {"any": any_overlap, "iou": iou}.items():
+        row |= {f"{name}_{rule}": number for name, number in zip(names, numbers, strict=True)}
+    return row
+
+
+NONE_MATCHED = (0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("label", "pred", "counts", "any_overlap", "iou"),
+    [
+        # One found over two true: IoU 2/5 with each, so all three are matched.
+        ("11.11", "11111", (2, 1), (2, 1, 1, 1, 1), (2, 1, 1, 1, 1)),
+        # One true hit by two found: the same seen from the other side.
+        ("11111", "11.11", (1, 2), (1, 2, 1, 1, 1), (1, 2, 1, 1, 1)),
+        # 1 of 3 true, 1 of 2 found, IoU 1/3; F1 2 * 1/3 * 1/2 / (1/3 + 1/2) = 2/5
+        ("111.1..1", "1....1..", (3, 2), (1, 1, 1 / 3, 1 / 2, 2 / 5), (1, 1, 1 / 3, 1 / 2, 2 / 5)),
+        # IoU 1/10 is not above 0.1, 1/9 is
+        ("1111111111", ".1........", (1, 1), (1, 1, 1, 1, 1), NONE_MATCHED),
+        ("111111111.", ".1........", (1, 1), (1, 1, 1, 1, 1), (1, 1, 1, 1, 1)),
+        # the same with a true one that is smaller than what was found, IoU 3/30 and 3/29
+        ("111".center(30, "."), 30 * "1", (1, 1), (1, 1, 1, 1, 1), NONE_MATCHED),
+        ("111".center(29, "."), 29 * "1", (1, 1), (1, 1, 1, 1, 1), (1, 1, 1, 1, 1)),
+        # A blob over 6 small ones, IoU 1/11 with each. They cover 6/11 of it together, but the
+        # best single counterpart decides.
+        ("1.1.1.1.1.1", 11 * "1", (6, 1), (6, 1, 1, 1, 1), NONE_MATCHED),
+        # The found one matches the second, IoU 3/5, not the first, IoU 1/15: sensitivity 1/2,
+        # precision 1, F1 2 * 1/2 * 1 / (3/2) = 2/3
+        (11 * "1" + ".111", 10 * "." + "11111", (2, 1), (2, 1, 1, 1, 1), (1, 1, 1 / 2, 1, 2 / 3)),
+        ("11.1", "....", (2, 0), NONE_MATCHED, NONE_MATCHED),  # missed
+        ("....", "1.1.", (0, 2), NONE_MATCHED, NONE_MATCHED),  # invented
+        ("1...", "..1.", (1, 1), NONE_MATCHED, NONE_MATCHED),  # beside it
+        ("....", "....", (0, 0), (0, 0, 1, 1, 1), (0, 0, 1, 1, 1)),  # nothing there or found
+    ],
+)
+def test_lesion_scores_of_hand_worked_masks(label, pred, counts, any_overlap, iou):
+    row = train_pvs.calculate_lesion_metrics(line(pred), line(label))
+    assert row == pytest.approx(lesion_row(counts, any_overlap, iou))
+
+
+@pytest.mark.parametrize(
+    ("voxels", "count"),
+    [
+        ([(0, 0, 0), (0, 0, 1), (0, 0, 2)], 1),  # faces
+        ([(0, 2, 0), (1, 1, 0), (2, 0, 0)], 1),  # edges
+        ([(0, 0, 2), (1, 1, 1), (2, 2, 0)], 1),  # corners
+        ([(0, 0, 0), (2, 2, 2)], 2),
+        ([(0, 0, 0), (0, 1, 2)], 2),
+    ],
+)
+def test_voxels_that_touch_are_one_pvs_even_at_a_corner(voxels, count):
+    label, pred = np.zeros((2, 3, 3, 3), bool)
+    label[tuple(zip(*voxels, strict=True))] = True
+    pred[voxels[0]] = True
+    row = train_pvs.calculate_lesion_metrics(pred, label)
+    assert (row["count_label"], row["matched_label_any"]) == (count, 1)
+    row = train_pvs.calculate_lesion_metrics(label, pred)
+    assert (row["count_pred"], row["matched_pred_any"]) == (count, 1)
+
+
+def components(mask):
+    """Return the 26-connected components as sets of voxels, by breadth-first search."""
+    left, found = set(map(tuple, np.argwhere(mask).tolist())), []
+    while left:
+        queue = [left.pop()]
+        for x, y, z in queue:  # it grows
+            around = {(x + i, y + j, z + k) for i, j, k in product((-1, 0, 1), repeat=3)} & left
+            left -= around
+            queue += around
+        found.append(set(queue))
+    return found
+
+
+def slow_lesion_metrics(pred, label):
+    """Return the lesion scores from the components' sets of voxels."""
+    true, found = components(label), components(pred)
+    rules = (lambda a, b: bool(a & b), lambda a, b: 10 * len(a & b) > len(a | b))
+    numbers = []
+    for matches in rules:
+        hit = sum(any(matches(one, other) for other in found) for one in true)
+        right = sum(any(matches(one, other) for other in true) for one in found)
+        sensitivity, precision = hit / len(true), right / len(found)
+        f1 = 2 / (1 / sensitivity + 1 / precision) if hit and right else 0
+        numbers.append((hit, right, sensitivity, precision, f1))
+    return lesion_row((len(true), len(found)), *numbers)
+
+
+@pytest.mark.parametrize("density", [0.06, 0.1, 0.13])
+@pytest.mark.parametrize("seed", range(4))
+def test_lesion_scores_agree_with_sets_of_voxels(seed, density):
+    rng = np.random.default_rng(seed)
+    label = rng.random((16, 15, 14)) < density
+    pred = np.where(rng.random(label.shape) < 0.6, rng.random(label.shape) < density, label)
+    row = train_pvs.calculate_lesion_metrics(pred, label)
+    assert row == pytest.approx(slow_lesion_metrics(pred, label))
+    assert row["matched_label_iou"] < row["matched_label_any"] < row["count_label"]
+    assert max(score for name, score in row.items() if name.startswith("lesion")) <= 1
+
+
+def make_blobs(seed, margin):
+    """Return two alike masks of smooth blobs, `margin` voxels away from the volume's edge."""
+    rng, blobs = np.random.default_rng(seed), np.zeros((2, 20, 22, 18), bool)
+    noise = [ndimage.gaussian_filter(rng.normal(size=blobs[0].shape), 1.5) for _ in range(2)]
+    inside = tuple(slice(margin, n - margin) for n in blobs[0].shape)
+    for mask, weight in zip(blobs, (0.0, 0.4), strict=True):
+        field = (1 - weight) * noise[0] + weight * noise[1]
+        mask[inside] = (field > 1.3 * field.std())[inside]
+    return blobs
+
+
+SPACINGS = [(1, 1, 1), (0.8, 0.8, 0.8), (0.5, 0.9, 2.2)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:surface_distance.*")
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(("seed", "margin"), [(0, 3), (1, 0), (2, 0)])
+def test_surface_dice_agrees_with_deepminds_package(seed, margin, spacing):
+    pred, label = make_blobs(seed, margin)
+    assert label[[0, -1]].any() == pred[..., [0, -1]].any() == (margin == 0)
+    row = train_pvs.calculate_boundary_metrics(pred, label, np.array(spacing))
+    distances = surface_distance.compute_surface_distances(label, pred, spacing)
+    for name, tolerance in {"nsd_voxel": max(spacing), "nsd_1mm": 1}.items():
+        # A hair more, as distances of just the tolerance count, whatever their rounding.
+        expected = surface_distance.compute_surface_dice_at_tolerance(distances, tolerance + 1e-6)
+        assert 0.2 < expected < 0.99
+        assert row[name] == pytest.approx(expected, rel=1e-5)
+
+
+def border_points(mask, spacing):
+    """Return the places (mm) of the voxels with one of 6 neighbours outside of the mask."""
+    padded, inner = np.pad(mask, 1), (slice(1, -1),) * 3
+    inside = [np.roll(padded, step, axis)[inner] for step in (1, -1) for axis in range(3)]
+    return np.argwhere(mask & ~np.all(inside, axis=0)) * spacing
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(("seed", "margin"), [(0, 3), (1, 0), (2, 0)])
+def test_hausdorff_distance_agrees_with_all_pairs_of_surface_voxels(seed, margin, spacing):
+    pred, label = make_blobs(seed, margin)
+    apart = cdist(border_points(pred, spacing), border_points(label, spacing))
+    expected = max(np.percentile(apart.min(axis), 95) for axis in (0, 1))
+    assert expected > 1
+    row = train_pvs.calculate_boundary_metrics(pred, label, np.array(spacing))
+    assert row["hd95_mm"] == pytest.approx(expected, rel=1e-5)
+
+
+def make_boxes(axis, step):
+    """Return a box of 4 x 4 x 4 voxels, and the same moved along an axis."""
+    label = np.zeros((12, 12, 12), bool)
+    label[4:8, 4:8, 4:8] = True
+    return np.roll(label, step, axis), label
+
+
+# The last is 1 mm as a rotated affine in float32 may give it: a little more than 1.
+@pytest.mark.parametrize("side", [0.3, 0.7, 0.8, np.float32(0.8), 1.0, 1.0000002])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_shift_of_one_voxel_is_within_the_tolerance_of_one_voxel(axis, side):
+    # Of the 56 surface voxels 16 in the face left behind and 4 in the middle of the face ahead lie
+    # one voxel beside the other surface, the others on it: more than 5 %.
+    row = train_pvs.calculate_boundary_metrics(*make_boxes(axis, 1), np.full(3, side, float))
+    assert row.pop("hd95_mm") == pytest.approx(side)
+    assert row == {"nsd_voxel": 1, "nsd_1mm": 1, "worst_case": False}
+
+
+def test_tolerances_of_the_surface_are_the_largest_voxel_side_and_1_mm():
+    spacing = np.array([3.0, 1.0, 0.5])
+    row = train_pvs.calculate_boundary_metrics(*make_boxes(0, 1), spacing)  # 3 mm
+    assert (row["nsd_voxel"], row["hd95_mm"]) == (1, 3)
+    assert 0 < row["nsd_1mm"] < 1
+    row = train_pvs.calculate_boundary_metrics(*make_boxes(0, 2), spacing)  # 6 mm
+    assert 0 < row["nsd_1mm"] < row["nsd_voxel"] < 1
+    row = train_pvs.calculate_boundary_metrics(*make_boxes(1, 1), spacing)  # 1 mm
+    assert (row["nsd_voxel"], row["nsd_1mm"], row["hd95_mm"]) == (1, 1, 1)
+    row = train_pvs.calculate_boundary_metrics(*make_boxes(1, 2), spacing)  # 2 mm
+    assert (row["nsd_voxel"], row["hd95_mm"]) == (1, 2)
+    assert 0 < row["nsd_1mm"] < 1
+
+
+def test_surfaces_of_a_missed_or_an_invented_pvs_are_worse_than_of_any_found_one():
+    spacing, empty = np.array([0.5, 1.0, 2.0]), np.zeros((12, 8, 12), bool)
+    # 6 x 8 x 24 mm: the diagonal is the root of 36 + 64 + 576 = 676, 26 mm
+    worst = {"nsd_voxel": 0, "nsd_1mm": 0, "hd95_mm": 26, "worst_case": True}
+    label, pred = empty.copy(), empty.copy()
+    label[0, 0, 0] = pred[-1, -1, -1] = True
+    assert train_pvs.calculate_boundary_metrics(empty, label, spacing) == pytest.approx(worst)
+    assert train_pvs.calculate_boundary_metrics(pred, empty, spacing) == pytest.approx(worst)
+    # From corner to corner 11 x 0.5, 7 x 1 and 11 x 2 mm: the root of 30.25 + 49 + 484
+    farthest = worst | {"hd95_mm": 563.25**0.5, "worst_case": False}
+    assert train_pvs.calculate_boundary_metrics(pred, label, spacing) == pytest.approx(farthest)
+
+
+def test_surfaces_of_two_empty_masks_agree():
+    empty = np.zeros((4, 5, 6), bool)
+    row = train_pvs.calculate_boundary_metrics(empty, empty, np.array([1.0, 1.0, 1.0]))
+    assert row == {"nsd_voxel": 1, "nsd_1mm": 1, "hd95_mm": 0, "worst_case": False}

@@ -259,15 +259,13 @@ def test_checkpoint_holds_plain_values_and_gives_the_same_prediction(tmp_path, t
     model = train_pvs.build_model(cfg)
     image = torch.rand(1, 16, 16, 20)
     expected = train_pvs.predict_logits(model, image, cfg)
-    (tmp_path / "scan.nii").write_bytes(b"12345")
-    case = {"name": "sub-1", "image": str(tmp_path / "scan.nii")}
     row = {"epoch": 3, "val_dice": 0.5}
-    train_pvs.save_checkpoint(path, model, cfg, {"train": [], "test": [case]}, row)
+    train_pvs.save_checkpoint(path, model, cfg, {"test": {"sub-1": "a0b1"}}, row)
 
     content = torch.load(path, weights_only=True)
     assert train_pvs.Config(**content["config"]) == cfg
     assert content["working_grid"] == {"orientation": "RAS", "spacing_mm": (1.0, 1.0, 1.0)}
-    assert content["split"] == {"train": {}, "test": {"sub-1": 5}}
+    assert content["scans"] == {"test": {"sub-1": "a0b1"}}
     assert content["history_row"] == row
     assert content["versions"]["torch"] == torch.__version__.split("+")[0]
 
