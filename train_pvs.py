@@ -271,6 +271,8 @@ def check_config(cfg):
     for name in ("IMAGE_GLOB", "LABEL_GLOB"):
         expect(name, not Path(getattr(cfg, name)).is_absolute(), "a pattern below DATA_DIR")
     expect("SPLIT", not cfg.SPLIT or Path(cfg.SPLIT).is_file(), "a JSON file that exists")
+    apart = Path(cfg.OUTPUT_DIR).resolve() != Path(cfg.DATA_DIR).resolve()
+    expect("OUTPUT_DIR", apart, "another folder than DATA_DIR")
     known = re.fullmatch("efficientnet-b[0-7]", cfg.ENCODER_NAME)
     expect("ENCODER_NAME", known, "efficientnet-b0 to efficientnet-b7")
     known = cfg.ENCODER_WEIGHTS in ("imagenet", "none") or Path(cfg.ENCODER_WEIGHTS).is_file()
@@ -493,7 +495,10 @@ def find_scans(words, cfg):
         if len(scans) > 1:
             clash = " and ".join(scan["image"] for scan in scans)
             problems.append(f"{clash}: expected names that differ, both would give {name}")
-    raise_problems(problems, "Name each scan once, and predict scans of equal names separately.")
+    raise_problems(
+        problems,
+        "Give NIfTI files and BIDS folders; scans that would bear one name in separate runs.",
+    )
     return [scan for scans in scans_of.values() for scan in scans]
 
 
@@ -501,6 +506,9 @@ READ_ERRORS = (  # of nibabel and gzip on damaged files
     *(OSError, EOFError, zlib.error, ValueError, TypeError, MemoryError),
     *(nib.spatialimages.HeaderDataError, nib.filebasedimages.ImageFileError),
 )
+
+
+VOXEL_SIDES = (0.05, 20)  # mm
 
 
 def read_header(path):
@@ -524,6 +532,10 @@ def read_header(path):
     linear = volume.affine[:3, :3]
     if not np.isfinite(volume.affine).all() or abs(np.linalg.det(linear)) < 1e-9:
         raise ValueError(f"{path}: expected an affine that can be inverted, got {linear.tolist()}")
+    sides, (low, high) = nib.affines.voxel_sizes(volume.affine), VOXEL_SIDES
+    if min(sides) < low or max(sides) > high:
+        expected = f"expected voxel sides of {low} to {high} mm"
+        raise ValueError(f"{path}: {expected}, got {sides.tolist()} (another unit?)")
     return volume, shape
 
 
@@ -724,9 +736,9 @@ def cache_path(case, cfg):
     return Path(cfg.CACHE_DIR or Path(cfg.OUTPUT_DIR) / "cache") / f"{case['name']}-{digest}.pt"
 
 
-def load_cached(case, cfg):
-    """Return a case's cache entry (see `build_cache_entry`), memory-mapped."""
-    return torch.load(cache_path(case, cfg), mmap=True, weights_only=True)
+def load_cached(case):
+    """Return the cache entry (see `build_cache_entry`) of a prepared case, memory-mapped."""
+    return torch.load(case["cache"], mmap=True, weights_only=True)
 
 
 def to_working_grid(volumes, cfg):
@@ -764,7 +776,8 @@ def build_cache_entry(case, cfg):
         the working-grid volumes and affines of `to_working_grid`; foreground and background: int32
         flat indices of all labelled voxels and of a seeded sample of the others; native_voxels:
         labelled on the native grid; native_spacing: mm, of the axes next to right, front and top;
-        roundtrip_dice: native Dice of the label taken to the working grid and back
+        roundtrip_dice: native Dice of the label taken to the working grid and back, None if it is
+        empty; sha256 of the scan's voxels
 
     Raises:
         ValueError: a line for each file that is damaged, not finite, or not of whole numbers.
@@ -781,9 +794,10 @@ def build_cache_entry(case, cfg):
     if problems:
         raise ValueError("\n".join(problems))
     label.affine = volumes["image"].affine  # check_headers bounds the difference
+    voxels = hashlib.sha256(np.ascontiguousarray(volumes["image"])).hexdigest()
     entry, native_label = to_working_grid(volumes, cfg), label[0].as_tensor() > 0
     back = to_native_grid(entry["label"].float(), entry)[0] > 0.5  # as a probability
-    both = {"ignore_empty": False}  # two empty masks: 1, and not NaN
+    dice = compute_dice(back[None, None], native_label[None, None], ignore_empty=False)
     background = (entry["label"] == 0).flatten().nonzero().flatten().to(torch.int32)
     order = torch.randperm(len(background), generator=torch.Generator().manual_seed(cfg.SEED))
     return entry | {
@@ -791,7 +805,8 @@ def build_cache_entry(case, cfg):
         "background": background[order[:BACKGROUND_SAMPLE]],
         "native_voxels": int(native_label.sum()),
         "native_spacing": ras_spacing(label.affine.numpy()),
-        "roundtrip_dice": float(compute_dice(back[None, None], native_label[None, None], **both)),
+        "roundtrip_dice": float(dice) if native_label.any() else None,
+        "sha256": voxels,
     }
 
 
@@ -800,22 +815,28 @@ def prepare_case(case, cfg):
 
     Returns:
         {"problems": sentences, "warnings": sentences, "failure": of writing, or "", and where all
-        is well "native", "working": labelled voxels, native_spacing, roundtrip_dice}
+        is well "case": with "cache", the entry's path, and "sha256" of the scan's voxels,
+        "native_voxels", "working_voxels": labelled, "native_spacing", "roundtrip_dice"}
     """
     problems, cautions = check_headers(case)
     report = {"problems": problems, "warnings": cautions, "failure": ""}
     if problems:
         return report
     try:
-        if not cache_path(case, cfg).exists():
-            write_torch(cache_path(case, cfg), build_cache_entry(case, cfg))
+        path = cache_path(case, cfg)
+        if not path.exists():
+            write_torch(path, build_cache_entry(case, cfg))
     except ValueError as error:
         return report | {"problems": str(error).splitlines()}
     except OSError as error:  # told by the parent: a worker's own error is a traceback
         return report | {"failure": str(error)}
-    entry = load_cached(case, cfg)
-    voxels = {"native": entry["native_voxels"], "working": len(entry["foreground"])}
-    return report | voxels | {key: entry[key] for key in ("native_spacing", "roundtrip_dice")}
+    case = case | {"cache": str(path)}
+    entry = load_cached(case)
+    report |= {"working_voxels": len(entry["foreground"])}
+    facts = ("native_voxels", "native_spacing", "roundtrip_dice")
+    return (
+        report | {key: entry[key] for key in facts} | {"case": case | {"sha256": entry["sha256"]}}
+    )
 
 
 def log_grids(reports, cfg):
@@ -823,30 +844,31 @@ def log_grids(reports, cfg):
     spacings = [report["native_spacing"] for report in reports]
     words = sorted({" x ".join(f"{mm:g}" for mm in spacing) for spacing in spacings})
     log.info("Native grid     %s mm", ", ".join(words))
-    dices = [report["roundtrip_dice"] for report in reports]
-    numbers = f"{np.mean(dices):.3f} ({min(dices):.3f} to {max(dices):.3f})"
-    log.info("Round trip      %s: native Dice of masks taken to the working grid and back", numbers)
+    dices = [report["roundtrip_dice"] for report in reports if report["native_voxels"]]
+    if dices:
+        numbers = f"{np.mean(dices):.3f} ({min(dices):.3f} to {max(dices):.3f})"
+        log.info("Round trip      %s: native Dice of masks to the working grid and back", numbers)
     usual = np.clip(np.median(spacings, axis=0), *LIMITS["PIX_DIM"])
     if (np.array(cfg.PIX_DIM) > 1.01 * usual).any():
         log.warning(
             "Warning: the working grid is coarser than the scans, %.1f times in voxel volume. What "
-            "that costs thin PVS is told by Round trip; --pix-dim %s avoids it.",
+            "that costs thin PVS is told by Round trip; training with --pix-dim %s avoids it.",
             *(np.prod(cfg.PIX_DIM) / np.prod(usual), " ".join(f"{mm:g}" for mm in usual)),
         )
 
 
-def keep_with_pvs(cases, reports, cfg):
+def keep_with_pvs(reports, cfg):
     """Return the cases with PVS on the working grid; log those that are left out.
 
     Raises:
         ValueError: there is none.
     """
     kept = []
-    for case, report in zip(cases, reports, strict=True):
-        if report["working"]:
+    for case, report in ((report["case"], report) for report in reports):
+        if report["working_voxels"]:
             kept.append(case)
-        elif report["native"]:
-            lost = f"its {report['native']} voxels vanish on the working grid"
+        elif report["native_voxels"]:
+            lost = f"its {report['native_voxels']} voxels vanish on the working grid"
             log.warning("Warning: left out, %s: %s", lost, case["label"])
         else:
             log.warning("Warning: left out, empty mask: %s", case["label"])
@@ -875,8 +897,14 @@ def prepare_cases(cases, cfg, keep_empty=False):
         raise OSError(f"{failure}\nFree space, or choose another folder with --cache-dir.")
     for warning in (warning for report in reports for warning in report["warnings"]):
         log.warning("Warning: %s", warning)
+    problems, cases, first = [], [report["case"] for report in reports], {}
+    for case in cases:
+        other = first.setdefault(case["sha256"], case)
+        if other["subject"] != case["subject"]:
+            problems.append(f"{case['image']}: expected other voxels than {other['image']} has")
+    raise_problems(problems, "Remove copies: one could be trained on and the other tested.")
     log_grids(reports, cfg)
-    return cases if keep_empty else keep_with_pvs(cases, reports, cfg)
+    return cases if keep_empty else keep_with_pvs(reports, cfg)
 
 
 class TrainingPatches(Dataset):
@@ -890,7 +918,7 @@ class TrainingPatches(Dataset):
 
     def __getitem__(self, key):
         epoch, number = key
-        entry = load_cached(self.cases[number], self.cfg)
+        entry = load_cached(self.cases[number])
         item = {name: entry[name] for name in (*BOTH, "foreground", "background")}
         seed = np.random.SeedSequence([self.cfg.SEED, epoch, number]).generate_state(1)[0]
         self.transforms.set_random_state(seed=int(seed))
@@ -996,7 +1024,7 @@ def load_encoder_weights(encoder, path):
         state["_conv_stem.weight"] = state["_conv_stem.weight"].sum(1, keepdim=True)
         encoder.load_state_dict(state)
     except (*READ_ERRORS, RuntimeError, LookupError, AttributeError, *UNPICKLE_ERRORS) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise ValueError(
             f"{path}: expected the state dict of a 2D EfficientNet as ENCODER_NAME says; it is "
             f"damaged or of another network ({reason}).\n"
@@ -1006,7 +1034,7 @@ def load_encoder_weights(encoder, path):
 
 def start_at_log_odds(model, cases, cfg):
     """Set the output's bias so that the first prediction is the training masks' mean."""
-    entries = [load_cached(case, cfg) for case in cases]
+    entries = [load_cached(case) for case in cases]
     total = sum(entry["label"].numel() for entry in entries)
     labelled = sum(len(entry["foreground"]) for entry in entries)
     labelled = min(max(labelled, 1), total - 1)
@@ -1026,7 +1054,7 @@ METRICS = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "re
 EMPTY_MASKS = (  # so that neither a missed nor an invented finding drops out of a mean
     "Ground truth and prediction both empty: dice, iou, precision, recall, sensitivity, f1 and nsd "
     "are 1, hd95 is 0. One of them empty: these are 0, hd95 is the diagonal of the scan. "
-    "An error in percent of an empty ground truth is undefined (null)."
+    "Round trip and error in percent of an empty ground truth are undefined (null)."
 )
 
 
@@ -1083,13 +1111,13 @@ def calculate_boundary_metrics(pred, label, spacing):
     voxels. One mask empty is the worst case, see EMPTY_MASKS: MONAI's own NaN would drop out.
 
     Returns:
-        {"nsd_voxel", "nsd_1mm", "hd95_mm", "worst_case"}
+        {"nsd_voxel", "nsd_1mm", "hd95_mm", "one_mask_empty"}
     """
     if not pred.any() or not label.any():
         same = not (pred.any() or label.any())
         diagonal = np.linalg.norm(np.multiply(spacing, pred.shape))
         row = {"nsd_voxel": float(same), "nsd_1mm": float(same)}
-        return row | {"hd95_mm": 0.0 if same else float(diagonal), "worst_case": not same}
+        return row | {"hd95_mm": 0.0 if same else float(diagonal), "one_mask_empty": not same}
     masks = [torch.from_numpy(mask)[None, None] for mask in (pred, label)]
     settings = {"include_background": True, "spacing": [float(mm) for mm in spacing]}
     row = {}
@@ -1098,7 +1126,7 @@ def calculate_boundary_metrics(pred, label, spacing):
         threshold = {"class_thresholds": [float(tolerance) * 1.0001], "use_subvoxels": True}
         row[name] = float(compute_surface_dice(*masks, **settings, **threshold))
     row["hd95_mm"] = float(compute_hausdorff_distance(*masks, percentile=95, **settings))
-    return row | {"worst_case": False}
+    return row | {"one_mask_empty": False}
 
 
 # --------------------------------------------------------------------------------------- Inference
@@ -1164,22 +1192,11 @@ def package_versions():
     return {"python": platform.python_version()} | versions
 
 
-def fingerprint(path):
-    """Return a hash of a file's size and of 64 KiB each at its start, middle and end."""
-    size, digest = os.stat(path).st_size, hashlib.sha256()
-    digest.update(str(size).encode())
-    with open(path, "rb") as file:
-        for start in (0, size // 2, max(0, size - 2**16)):
-            file.seek(start)
-            digest.update(file.read(2**16))
-    return digest.hexdigest()
-
-
 def save_checkpoint(path, model, cfg, scans, row):
     """Write the weights with all that using them takes.
 
     Config, working grid, package versions, the epoch's row of history, and by part of the split
-    {name: fingerprint} of the scans, from which those of the training are known again.
+    {name: sha256 of the voxels} of the scans, by which those of the training are known again.
     """
     grid = {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
     content = {"model": model.state_dict(), "config": asdict(cfg), "working_grid": grid}
@@ -1205,7 +1222,7 @@ def read_checkpoint(path):
         expected = "expected a checkpoint; train first, or name one with --checkpoint"
         raise ValueError(f"{path}: no such file, {expected}") from None
     except (*READ_ERRORS, RuntimeError, LookupError, AttributeError, *UNPICKLE_ERRORS) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise ValueError(
             f"{path}: expected a checkpoint of this script, damaged or of another ({reason})"
         ) from None
@@ -1220,7 +1237,7 @@ def load_weights(model, content, path):
     try:
         model.load_state_dict(content["model"])
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise ValueError(
             f"{path}: its weights do not fit the network it names ({reason})"
         ) from None
@@ -1242,7 +1259,8 @@ def restore_config(content, cfg, given):
     for name, value in given.items():
         trained = saved.get(name, getattr(Config, name))
         if name not in NOT_OF_CHECKPOINT and value != trained:
-            problems.append(f"{name}: the checkpoint has {trained}, only training can change it")
+            told = f"the checkpoint has {trained or 'none'}, only training can change it"
+            problems.append(f"{name}: {told}")
     of_run = ("DATA_DIR", "IMAGE_GLOB", "LABEL_GLOB", "AMP")  # the checkpoint's unless given
     here = {k: getattr(cfg, k) for k in NOT_OF_CHECKPOINT if k not in of_run or k in given}
     known_here = {name: value for name, value in (saved | here).items() if name in known}
@@ -1318,7 +1336,7 @@ def validate(model, cases, cfg, epoch):
     """
     losses, dices = [], []
     for case in Progress(cases, f"epoch {epoch}, validation"):
-        entry = load_cached(case, cfg)
+        entry = load_cached(case)
         logits, label = predict_logits(model, entry["image"], cfg).cpu(), entry["label"][None]
         loss = loss_function(logits, label.float())
         losses.append(check_finite(loss, epoch, [case["name"]]))
@@ -1355,7 +1373,7 @@ def fit(model, cfg, split):
         (None where not validated), lr, seconds
     """
     device, out = next(model.parameters()).device, Path(cfg.OUTPUT_DIR)
-    scans = {part: {c["name"]: fingerprint(c["image"]) for c in split[part]} for part in split}
+    scans = {part: {c["name"]: c["sha256"] for c in split[part]} for part in split}
     loader = build_train_loader(split["train"], cfg, device)
     optimizer, plateau, scaler = build_optimizer(model, cfg)
     best_dice, waited, history = -1.0, 0, []
@@ -1427,7 +1445,8 @@ def score_case(case, entry, working_pred, pred, label):
     affine, working_label = entry["native_affine"].numpy(), entry["label"][0].numpy() > 0
     row = {"name": case["name"], "subject": case["subject"]}
     row |= calculate_metrics(working_pred, working_label)
-    row |= {"label_voxels": int(working_label.sum()), "pred_voxels": int(working_pred.sum())}
+    row["working_label_voxels"] = int(working_label.sum())
+    row["working_pred_voxels"] = int(working_pred.sum())
     row |= {f"native_{name}": score for name, score in calculate_metrics(pred, label).items()}
     row |= {"roundtrip_dice": entry["roundtrip_dice"]} | calculate_lesion_metrics(pred, label)
     for side, mask in {"label": label, "pred": pred}.items():
@@ -1447,11 +1466,16 @@ def volume_ml(mask, affine):
 RESAMPLES = {"n_resamples": 10_000, "vectorized": True}
 
 
+def mean_of_scans(sums, counts, axis=-1):
+    """Return the mean over scans from the sums and numbers of subjects."""
+    return sums.sum(axis) / counts.sum(axis)
+
+
 def summarise(rows, key, seed):
     """Return the distribution of a score over cases, without those where it is None.
 
     SD with ddof 0, as published. The interval is the bootstrap's for the mean, 95 %, seeded, from
-    resampled subjects (the mean of a subject's scans); None below two subjects.
+    subjects that are resampled with all their scans; None below two subjects.
 
     Returns:
         {"mean", "sd", "median", "q1", "q3", "ci95": [low, high], "n", "undefined": how many None}
@@ -1462,11 +1486,12 @@ def summarise(rows, key, seed):
             scans_of.setdefault(row["subject"], []).append(row[key])
     known, interval = [value for values in scans_of.values() for value in values], None
     if len(scans_of) > 1:
-        means = (np.array([np.mean(values) for values in scans_of.values()]),)
+        sums = np.array([sum(values) for values in scans_of.values()], dtype=float)
+        counts = np.array([len(values) for values in scans_of.values()], dtype=float)
         # BCa, but for values that are all equal, which leave it undefined.
-        method = "BCa" if np.ptp(means) > 1e-12 else "percentile"
-        rng = np.random.default_rng(seed)
-        result = stats.bootstrap(means, np.mean, method=method, rng=rng, **RESAMPLES)
+        method = "BCa" if np.ptp(known) > 1e-12 else "percentile"
+        settings = {"paired": True, "rng": np.random.default_rng(seed), **RESAMPLES}
+        result = stats.bootstrap((sums, counts), mean_of_scans, method=method, **settings)
         interval = [float(limit) for limit in result.confidence_interval]
     numbers = [None] * 5
     if known:
@@ -1549,7 +1574,7 @@ def aggregate(rows, cfg):
         "roundtrip": native | summaries("roundtrip_{}", "dice"),
         "lesions": lesions,
         "burden": burden,
-        "boundary": boundary | {"worst_cases": totals("{}", "worst_case")["worst_case"]},
+        "boundary": boundary | {"one_mask_empty": sum(row["one_mask_empty"] for row in rows)},
     }
 
 
@@ -1590,8 +1615,10 @@ TEST_TABLE = {  # the columns of the printed table: title, block and name in it,
 
 def log_test_table(rows, blocks, cfg):
     """Print a row a case, then mean, SD and the mean's confidence interval, then the burden."""
-    log.info("\nTest scores of %s", data_set_name(cfg))
-    log.info("Dice to recall: %s; the others: native grid of each scan", describe_grid(cfg))
+    log.info("\nTest scores of %d scans, %s", len(rows), data_set_name(cfg))
+    log.info(
+        "Dice, IoU, precision, recall: %s; the others: native grid of each scan", describe_grid(cfg)
+    )
     table = [(row["name"], [row[key] for *_, key in TEST_TABLE.values()]) for row in rows]
     summaries = [blocks[block][name] for block, name, _ in TEST_TABLE.values()]
     ends = [summary["ci95"] or [None, None] for summary in summaries]
@@ -1608,7 +1635,7 @@ def log_test_table(rows, blocks, cfg):
     log.info("PVS: %s; mean F1 %s", counts, ", ".join(f1))
     means = [f"{volume[side]['mean']:.3f} ml" for side in ("label", "pred")]
     log.info("Mean volume: %s in the ground truth, %s predicted", *means)
-    log.info("Scans where one mask is empty: %d", blocks["boundary"]["worst_cases"])
+    log.info("Scans where one mask is empty: %d", blocks["boundary"]["one_mask_empty"])
 
 
 GEOMETRY = """pixdim xyzt_units qform_code sform_code quatern_b quatern_c quatern_d
@@ -1764,7 +1791,8 @@ def describe_scores(row, affine, cfg):
     spacing = " x ".join(f"{mm:g}" for mm in ras_spacing(affine))
     scores = "   ".join(f"{words} {row[f'native_{name}']:.3f}" for name, words in METRICS.items())
     burden = [f"{row[f'count_{s}']} PVS, {row[f'volume_ml_{s}']:.2f} ml" for s in ("label", "pred")]
-    back = f"Dice {row['roundtrip_dice']:.3f}"
+    back = row["roundtrip_dice"]
+    back = "undefined" if back is None else f"Dice {back:.3f}"
     lines = (
         f"{row['name']}   {scores}",
         f"native grid, {spacing} mm; the ground truth taken to the working grid and back: {back}",
@@ -2065,11 +2093,11 @@ def log_plan(cfg, model, scans):
 
 
 def evaluate(model, cases, cfg):
-    """Test prepared cases on both grids; write predictions, scores and figures, print a table."""
+    """Test prepared cases on both grids, write predictions, scores, figures; return status 0."""
     out, rows, slices = Path(cfg.OUTPUT_DIR), [], []
     write_description(cases, cfg)
     for case in Progress(cases, "testing"):
-        entry = load_cached(case, cfg)
+        entry = load_cached(case)
         image, label = (np.asarray(read_volume(case[key])[0]) for key in BOTH)
         affine, label = entry["native_affine"].numpy(), label > 0
         working_prob, prob = predict_case(model, entry, cfg)
@@ -2081,7 +2109,13 @@ def evaluate(model, cases, cfg):
     blocks = write_test_metrics(out / "logs", rows, model, cfg)
     draw_test_grid(out / "test_set_visualization_grid_300dpi.jpg", rows, slices, cfg)
     draw_agreement(out / "agreement.jpg", rows, blocks["burden"], cfg)
+    history = out / "logs" / "training_history.json"
+    if history.exists():
+        history = json.loads(history.read_text(encoding="utf-8"))
+        draw_training_curves(out / "training_curves.jpg", history, cfg)
     log_test_table(rows, blocks, cfg)
+    log.info("\nScores and figures are in %s", out.resolve())
+    return 0
 
 
 def train_and_test(model, split, cfg):
@@ -2094,31 +2128,17 @@ def train_and_test(model, split, cfg):
     model.to(choose_device(cfg))
     if cfg.HEAD_BIAS_LOG_ODDS:
         start_at_log_odds(model, split["train"], cfg)
-    history = fit(model, cfg, split)
+    fit(model, cfg, split)
     content = read_checkpoint(best_path)
     load_weights(model, content, best_path)
     best = content["history_row"]
     told = "Best validation Dice %.4f on the working grid, in epoch %d"
     log.info(told, best["val_dice"], best["epoch"])
-    draw_training_curves(out / "training_curves.jpg", history, cfg)
     evaluate(model, split["test"], cfg)
-    log.info("\nScores, figures and weights are in %s", out.resolve())
     if best["val_dice"] > 0:
         return 0
     log.error("No PVS were learned: the validation Dice never left 0. %s", NOTHING_LEARNED)
     return 1
-
-
-def evaluate_again(model, cases, cfg):
-    """Test and draw with a checkpoint's weights; return the exit status."""
-    out = Path(cfg.OUTPUT_DIR)
-    history = out / "logs" / "training_history.json"
-    if history.exists():
-        history = json.loads(history.read_text(encoding="utf-8"))
-        draw_training_curves(out / "training_curves.jpg", history, cfg)
-    evaluate(model, cases, cfg)
-    log.info("\nScores and figures are in %s", out.resolve())
-    return 0
 
 
 def predict_scans(model, cases, cfg):
@@ -2157,8 +2177,8 @@ def predict_scans(model, cases, cfg):
 
 
 OUT_OF_MEMORY = (
-    "To need less: --batch-size 1 --accumulate-steps 2 (the recipe's step in two halves), or "
-    "smaller --crops-per-volume, --sw-batch-size or --img-patch-size."
+    "To need less: --sw-batch-size 1; in training also --batch-size 1 --accumulate-steps 2 (the "
+    "recipe's step in two halves), or smaller --crops-per-volume or --img-patch-size."
 )
 
 
@@ -2202,65 +2222,67 @@ def choose_checkpoint(cfg, options):
 def choose_test_cases(cases, scans):
     """Return the cases that a checkpoint may be tested on, and whether they are the run's own.
 
-    `scans`: of the checkpoint, by part of its split. They are known again by their fingerprints,
-    wherever they lie. Of the run's own data set the test part is returned, of another all cases.
+    `scans`: of the checkpoint, by part of its split. They are known again by their voxels, wherever
+    the files lie. Of the run's own data set the test part is returned, of another one all cases.
 
     Raises:
         ValueError: scans of the training, but not all of the test part.
     """
-    prints = {case["name"]: fingerprint(case["image"]) for case in cases}
-    known = {part: set(scans[part].values()) & set(prints.values()) for part in scans}
-    if not any(known.values()):
-        same = set(prints) & set().union(*scans.values())
-        if same:
-            told = (
-                "Warning: %d scans bear names of the run's own, but are other files: all are tested"
-            )
-            log.warning(told, len(same))
+    own, here = {}, {case["sha256"] for case in cases}
+    for part in scans.values():
+        own |= {sha256: name for name, sha256 in part.items()}
+    if not here & set(own):
         return cases, False
-    missing = [name for name, print_ in scans["test"].items() if print_ not in known["test"]]
+    missing = [name for name, sha256 in scans["test"].items() if sha256 not in here]
     if missing:
         raise ValueError(
             "DATA_DIR: holds scans that the checkpoint was trained or tested with, but not its "
             f"test scans {', '.join(missing)}; expected those too, or another data set"
         )
-    strangers = [name for name in prints if prints[name] not in set().union(*known.values())]
+    strangers = [case["name"] for case in cases if case["sha256"] not in own]
     if strangers:
         log.warning("Warning: left out, not in the run's split: %s", " ".join(strangers))
-    return [case for case in cases if prints[case["name"]] in known["test"]], True
+    return [case for case in cases if case["sha256"] in scans["test"].values()], True
 
 
 def set_up_trained(cfg, options):
     """Do all that comes before --evaluate and --predict; return the work left, a function."""
     path = choose_checkpoint(cfg, options)
     content = read_checkpoint(path)
-    cfg, own = restore_config(content, cfg, options.given), False
-    command = "predict" if options.predict else "evaluate"
+    cfg, out = restore_config(content, cfg, options.given), Path(cfg.OUTPUT_DIR)
+    command = "predict" if options.predict else f"evaluate-{Path(cfg.DATA_DIR).resolve().name}"
+    in_place = False
     if options.predict:
         cases = find_scans(options.predict, cfg)
     else:
         check_data_folder(cfg)
-        cases, own = choose_test_cases(find_cases(cfg), content["scans"])
-    in_place = own and path.resolve().parents[1] == Path(cfg.OUTPUT_DIR).resolve()
-    if not in_place and Path(cfg.OUTPUT_DIR, "checkpoints").exists():
-        name = command if options.predict else f"{command}-{Path(cfg.DATA_DIR).resolve().name}"
-        cfg = replace(cfg, OUTPUT_DIR=str(Path(cfg.OUTPUT_DIR) / name))  # of its own, in the run's
+        folders = [
+            Path(folder).resolve() for folder in (cfg.DATA_DIR, content["config"]["DATA_DIR"])
+        ]
+        own_weights = path.resolve() == (out / "checkpoints" / "best_model.pth").resolve()
+        in_place = own_weights and folders[0] == folders[1]
+    if not in_place and (out / "checkpoints").exists():
+        cfg = replace(cfg, OUTPUT_DIR=str(out / command))  # of its own, in the run's
     model = build_model(replace(cfg, ENCODER_WEIGHTS="none"))
     load_weights(model, content, path)
-    open_output_folder(cfg, command, options.overwrite or in_place)
+    model.to(choose_device(cfg))
+    open_output_folder(cfg, command.split("-")[0], options.overwrite or in_place)
     for old in [] if in_place else find_results(cfg):  # which --overwrite gives up
         old.unlink()
-    log_settings(cfg, f"--{command}, checkpoint {path}")
+    log_settings(cfg, f"{command}, checkpoint {path}")
     best = content["history_row"]
     told = "epoch %d, validation Dice %.4f on the working grid"
     log.info(f"Weights         {told}", best["epoch"], best["val_dice"])
     if options.predict:
         log_plan(cfg, model, f"{len(cases)} to segment")
-        return functools.partial(predict_scans, model.to(choose_device(cfg)), cases, cfg)
-    prepare_cases(cases, cfg, keep_empty=True)
+        return functools.partial(predict_scans, model, cases, cfg)
+    cases = prepare_cases(find_cases(cfg), cfg, keep_empty=True)
+    cases, own = choose_test_cases(cases, content["scans"])
+    if in_place and not own:
+        raise ValueError(f"{cfg.DATA_DIR}: expected the scans of the run, found only others")
     log.info("Data            %s", data_set_name(cfg))
     log_plan(cfg, model, f"{len(cases)} {'of the test split' if own else 'of an external test'}")
-    return functools.partial(evaluate_again, model.to(choose_device(cfg)), cases, cfg)
+    return functools.partial(evaluate, model, cases, cfg)
 
 
 def main(argv=None):

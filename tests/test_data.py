@@ -529,8 +529,49 @@ def test_cache_is_the_same_with_and_without_workers(data, run, tmp_path):
     for number in range(1, 5):
         one, two = (cache_of(tmp_path / f"out{workers}", f"sub-00{number}") for workers in (0, 2))
         assert one.keys() == two.keys()
+        assert one.pop("sha256") == two.pop("sha256")
         for key, value in one.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(two[key]))
+
+
+def test_scan_that_is_touched_after_the_check_does_not_end_the_run(data, run, monkeypatch):
+    fit = train_pvs.fit
+
+    def touch_and_fit(*args):
+        for path in data.rglob("*.nii.gz"):
+            os.utime(path, ns=(1, 1))
+        return fit(*args)
+
+    monkeypatch.setattr(train_pvs, "fit", touch_and_fit)
+    status, _, err = run()
+    assert status in (0, 1)
+    assert err == "" or "No PVS were learned" in err
+
+
+def test_one_scan_under_two_subjects_is_refused(data, run):
+    copy = image_path(data, "sub-004")
+    whole = gzip.decompress(image_path(data, "sub-002").read_bytes())
+    copy.write_bytes(gzip.compress(whole, 1))  # other bytes, the same voxels
+    status, _, err = run("--check")
+    assert status == 2
+    assert f"{copy}: expected other voxels than {image_path(data, 'sub-002')} has" in err
+
+
+@pytest.mark.parametrize("scale", [1000, 0.001])
+def test_voxels_of_impossible_size_are_refused_by_name(scale, data, run):
+    path, affine = image_path(data, "sub-002"), np.diag([scale, scale, scale, 1])
+    save_nifti(path, np.asarray(nib.load(path).dataobj), affine)
+    status, _, err = run("--check")
+    assert status == 2
+    assert f"{path}: expected voxel sides of 0.05 to 20 mm" in err
+
+
+def test_output_folder_that_is_the_data_folder_is_refused(data, run):
+    before = sorted(data.rglob("*"))
+    status, _, err = run("--check", out=data)
+    assert status == 2
+    assert "OUTPUT_DIR: expected another folder than DATA_DIR" in err
+    assert sorted(data.rglob("*")) == before
 
 
 def test_cache_entry_indexes_its_label(data, tiny_config, tmp_path):

@@ -49,16 +49,18 @@ def test_summary_of_one_or_of_equal_values():
 
 
 def test_scans_of_one_subject_are_resampled_together():
-    # Three subjects with means 1, 2 and 6, however many scans they have.
-    rows = [
-        {"subject": subject, "score": score}
-        for subject, scores in {"a": [1], "b": [1, 3, 2], "c": [5, 7]}.items()
-        for score in scores
-    ]
+    # One subject has 20 scans at 0.9, nine have one scan each at 0.50 to 0.58.
+    rows = [{"subject": "many", "score": 0.9} for _ in range(20)]
+    rows += [{"subject": f"sub-{n}", "score": 0.5 + n / 100} for n in range(9)]
     summary = train_pvs.summarise(rows, "score", 0)
-    assert (summary["mean"], summary["n"]) == (19 / 6, 6)
-    assert summary["ci95"] == summarise([1, 2, 6])["ci95"]
-    assert train_pvs.summarise(rows[1:4], "score", 0)["ci95"] is None  # one subject
+    assert summary["mean"] == pytest.approx((20 * 0.9 + 9 * 0.54) / 29)
+    assert summary["n"] == 29
+    low, high = summary["ci95"]
+    # Resamples without the first subject, 0.9**10 = 35 % of them, have means below 0.58.
+    assert low < 0.58 < summary["mean"] < high
+    alone = [row | {"subject": f"sub-{n}"} for n, row in enumerate(rows)]
+    assert train_pvs.summarise(alone, "score", 0)["ci95"][0] > low  # 29 subjects tell more
+    assert train_pvs.summarise(rows[:20], "score", 0)["ci95"] is None  # one subject
 
 
 def test_interval_of_the_mean_is_scipys_bootstrap_and_seeded():
@@ -209,8 +211,8 @@ def test_scores_of_a_hand_worked_case():
             "iou": 1 / 4,
             "precision": 1 / 3,
             "recall": 1 / 2,
-            "label_voxels": 2,
-            "pred_voxels": 3,
+            "working_label_voxels": 2,
+            "working_pred_voxels": 3,
             # native grid: 2 hits, 5 found, 4 true
             "native_dice": 4 / 9,
             "native_iou": 2 / 7,
@@ -240,7 +242,7 @@ def test_scores_of_a_hand_worked_case():
             "nsd_voxel": surfaces["nsd_voxel"],
             "nsd_1mm": surfaces["nsd_1mm"],
             "hd95_mm": 0.5 + 0.85 * (far - 0.5),
-            "worst_case": False,
+            "one_mask_empty": False,
         }
     )
     json.dumps(row, allow_nan=False)  # plain numbers
@@ -253,7 +255,7 @@ def test_errors_in_percent_of_an_empty_reference_are_undefined():
     row = train_pvs.score_case(case, make_entry(label), pred, pred, label)
     assert (row["count_error"], row["count_error_percent"]) == (1, None)
     assert (row["volume_ml_error"], row["volume_ml_error_percent"]) == (pytest.approx(0.015), None)
-    assert (row["native_dice"], row["worst_case"]) == (0, True)
+    assert (row["native_dice"], row["one_mask_empty"]) == (0, True)
     row = train_pvs.score_case(case, make_entry(pred), label, label, pred)  # missed
     assert (row["count_error_percent"], row["volume_ml_error_percent"]) == (-100, -100)
 
@@ -353,7 +355,7 @@ def test_blocks_name_their_grid_and_count_over_all_cases(written, rows):
             expected = sum(row[f"matched_{side}_{rule}"] for row in rows)
             assert lesions[rule][f"matched_{side}"] == expected > 0
     assert lesions["connectivity"] == 26
-    assert content["boundary"]["worst_cases"] == 2  # the missed and the invented
+    assert content["boundary"]["one_mask_empty"] == 2  # the missed and the invented
 
 
 def test_burden_agrees_over_all_cases(written, rows):

@@ -119,14 +119,14 @@ def test_metrics_file_holds_the_documented_keys(finished):
     for row in finished.metrics["subjects"]:
         assert {*row} == {
             *("name", "subject", "dice", "iou", "precision", "recall"),
-            *("label_voxels", "pred_voxels"),
+            *("working_label_voxels", "working_pred_voxels"),
             *("native_dice", "native_iou", "native_precision", "native_recall", "roundtrip_dice"),
             *("count_label", "count_pred", "count_error", "count_error_percent"),
             *(f"matched_{side}_{rule}" for side in ("label", "pred") for rule in ("any", "iou")),
             *("lesion_sensitivity_any", "lesion_precision_any", "lesion_f1_any"),
             *("lesion_sensitivity_iou", "lesion_precision_iou", "lesion_f1_iou"),
             *("volume_ml_label", "volume_ml_pred", "volume_ml_error", "volume_ml_error_percent"),
-            *("nsd_voxel", "nsd_1mm", "hd95_mm", "worst_case"),
+            *("nsd_voxel", "nsd_1mm", "hd95_mm", "one_mask_empty"),
         }
 
 
@@ -262,7 +262,7 @@ def test_script_runs_as_users_start_it(data, tmp_path):
     assert result.returncode in (0, 1), result.stderr
     assert "Traceback" not in result.stderr
     last = result.stdout.splitlines()[-1]
-    assert last == f"Scores, figures and weights are in {tmp_path / 'out'}"
+    assert last == f"Scores and figures are in {tmp_path / 'out'}"
     assert ("No PVS were learned" in result.stderr) == (result.returncode == 1)
     assert (tmp_path / "out" / "checkpoints" / "best_model.pth").exists()
 

@@ -241,7 +241,7 @@ def test_a_shift_of_one_voxel_is_within_the_tolerance_of_one_voxel(axis, side):
     # one voxel beside the other surface, the others on it: more than 5 %.
     row = train_pvs.calculate_boundary_metrics(*make_boxes(axis, 1), np.full(3, side, float))
     assert row.pop("hd95_mm") == pytest.approx(side)
-    assert row == {"nsd_voxel": 1, "nsd_1mm": 1, "worst_case": False}
+    assert row == {"nsd_voxel": 1, "nsd_1mm": 1, "one_mask_empty": False}
 
 
 def test_tolerances_of_the_surface_are_the_largest_voxel_side_and_1_mm():
@@ -261,17 +261,17 @@ def test_tolerances_of_the_surface_are_the_largest_voxel_side_and_1_mm():
 def test_surfaces_of_a_missed_or_an_invented_pvs_are_worse_than_of_any_found_one():
     spacing, empty = np.array([0.5, 1.0, 2.0]), np.zeros((12, 8, 12), bool)
     # 6 x 8 x 24 mm: the diagonal is the root of 36 + 64 + 576 = 676, 26 mm
-    worst = {"nsd_voxel": 0, "nsd_1mm": 0, "hd95_mm": 26, "worst_case": True}
+    worst = {"nsd_voxel": 0, "nsd_1mm": 0, "hd95_mm": 26, "one_mask_empty": True}
     label, pred = empty.copy(), empty.copy()
     label[0, 0, 0] = pred[-1, -1, -1] = True
     assert train_pvs.calculate_boundary_metrics(empty, label, spacing) == pytest.approx(worst)
     assert train_pvs.calculate_boundary_metrics(pred, empty, spacing) == pytest.approx(worst)
     # From corner to corner 11 x 0.5, 7 x 1 and 11 x 2 mm: the root of 30.25 + 49 + 484
-    farthest = worst | {"hd95_mm": 563.25**0.5, "worst_case": False}
+    farthest = worst | {"hd95_mm": 563.25**0.5, "one_mask_empty": False}
     assert train_pvs.calculate_boundary_metrics(pred, label, spacing) == pytest.approx(farthest)
 
 
 def test_surfaces_of_two_empty_masks_agree():
     empty = np.zeros((4, 5, 6), bool)
     row = train_pvs.calculate_boundary_metrics(empty, empty, np.array([1.0, 1.0, 1.0]))
-    assert row == {"nsd_voxel": 1, "nsd_1mm": 1, "hd95_mm": 0, "worst_case": False}
+    assert row == {"nsd_voxel": 1, "nsd_1mm": 1, "hd95_mm": 0, "one_mask_empty": False}

@@ -204,7 +204,7 @@ def first_prediction(monkeypatch, cfg, *masks):
         {"foreground": torch.arange(labelled), "label": torch.zeros(1, voxels, 1, 1)}
         for labelled, voxels in masks
     ]
-    monkeypatch.setattr(train_pvs, "load_cached", lambda number, cfg: entries[number])
+    monkeypatch.setattr(train_pvs, "load_cached", lambda number: entries[number])
     model = train_pvs.build_model(cfg)
     train_pvs.start_at_log_odds(model, range(len(entries)), cfg)
     return torch.sigmoid(model.segmentation_head[0].bias).item()

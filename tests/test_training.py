@@ -102,7 +102,7 @@ def fit(monkeypatch, tiny_config, tmp_path):
         scores = lambda model, cases, cfg, epoch: (loss(epoch), dice(epoch))  # noqa: E731
         monkeypatch.setattr(train_pvs, "validate", scores)
         cfg = tiny_config(OUTPUT_DIR=str(tmp_path), **settings)
-        case = {"name": "sub-1", "image": __file__}
+        case = {"name": "sub-1", "sha256": "a0b1"}
         return train_pvs.fit(nn.Conv3d(1, 1, 1), cfg, {"train": [case], "val": [case]})
 
     return script
