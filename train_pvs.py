@@ -545,6 +545,11 @@ def ras_spacing(affine):
     return nib.affines.voxel_sizes(affine)[order].round(4).tolist()
 
 
+def spacing_words(spacing):
+    """Return a voxel's sides as text, 0.8 x 0.8 x 0.8 mm."""
+    return f"{' x '.join(f'{mm:g}' for mm in spacing)} mm"
+
+
 def affine_displacement(affine, other, shape):
     """Return how far apart two affines put a volume's corners at most, in voxels of the first."""
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
@@ -842,8 +847,7 @@ def prepare_case(case, cfg):
 def log_grids(reports, cfg):
     """Print the scans' spacing and what the working grid alone costs the masks."""
     spacings = [report["native_spacing"] for report in reports]
-    words = sorted({" x ".join(f"{mm:g}" for mm in spacing) for spacing in spacings})
-    log.info("Native grid     %s mm", ", ".join(words))
+    log.info("Native grid     %s", ", ".join(sorted(set(map(spacing_words, spacings)))))
     dices = [report["roundtrip_dice"] for report in reports if report["native_voxels"]]
     if dices:
         numbers = f"{np.mean(dices):.3f} ({min(dices):.3f} to {max(dices):.3f})"
@@ -1424,7 +1428,7 @@ def log_epoch(history, improved, cfg):
 
 def describe_grid(cfg):
     """Return the working grid in the words that every table, file and figure shows."""
-    return f"working grid, RAS, {' x '.join(f'{mm:g}' for mm in cfg.PIX_DIM)} mm"
+    return f"working grid, RAS, {spacing_words(cfg.PIX_DIM)}"
 
 
 def data_set_name(cfg):
@@ -1550,31 +1554,31 @@ def agreement(label, pred, seed):
 def aggregate(rows, cfg):
     """Return the blocks of summaries over the rows of all test cases."""
 
-    def summaries(template, *names):
-        return {name: summarise(rows, template.format(name), cfg.SEED) for name in names}
+    def summaries(keys):
+        return {name: summarise(rows, key, cfg.SEED) for name, key in keys.items()}
 
-    def totals(template, *names):
-        return {name: sum(row[template.format(name)] for row in rows) for name in names}
+    def total(key):
+        return sum(row[key] for row in rows)
 
     native = {"grid": "native grid of each scan"}
-    lesions = native | {"connectivity": 26} | totals("{}", "count_label", "count_pred")
+    lesions = native | {key: total(key) for key in ("count_label", "count_pred")}
     for rule, meaning in LESION_RULES.items():
-        lesions[rule] = {"matched_where": meaning}
-        lesions[rule] |= totals(f"{{}}_{rule}", "matched_label", "matched_pred")
-        lesions[rule] |= summaries(f"lesion_{{}}_{rule}", "sensitivity", "precision", "f1")
+        ratios = {name: f"lesion_{name}_{rule}" for name in ("sensitivity", "precision", "f1")}
+        sides = {side: total(f"{side}_{rule}") for side in ("matched_label", "matched_pred")}
+        lesions[rule] = {"matched_where": meaning, **sides, **summaries(ratios)}
     burden = dict(native)
     for name in ("count", "volume_ml"):
-        sides = ([row[f"{name}_{side}"] for row in rows] for side in ("label", "pred"))
-        burden[name] = summaries(f"{name}_{{}}", "label", "pred", "error", "error_percent")
-        burden[name] |= agreement(*sides, cfg.SEED)
-    boundary = native | summaries("{}", "nsd_voxel", "nsd_1mm", "hd95_mm")
+        kinds = {kind: f"{name}_{kind}" for kind in ("label", "pred", "error", "error_percent")}
+        label, pred = ([row[kinds[side]] for row in rows] for side in ("label", "pred"))
+        burden[name] = summaries(kinds) | agreement(label, pred, cfg.SEED)
+    surfaces = {name: name for name in ("nsd_voxel", "nsd_1mm", "hd95_mm")}
     return {
-        "working": {"grid": describe_grid(cfg)} | summaries("{}", *METRICS),
-        "native": native | summaries("native_{}", *METRICS),
-        "roundtrip": native | summaries("roundtrip_{}", "dice"),
-        "lesions": lesions,
+        "working": {"grid": describe_grid(cfg)} | summaries({name: name for name in METRICS}),
+        "native": native | summaries({name: f"native_{name}" for name in METRICS}),
+        "roundtrip": native | summaries({"dice": "roundtrip_dice"}),
+        "lesions": lesions | {"connectivity": 26},
         "burden": burden,
-        "boundary": boundary | {"one_mask_empty": sum(row["one_mask_empty"] for row in rows)},
+        "boundary": native | summaries(surfaces) | {"one_mask_empty": total("one_mask_empty")},
     }
 
 
@@ -1688,6 +1692,7 @@ def write_description(cases, cfg):
 # ----------------------------------------------------------------------------------------- Figures
 
 PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # the axis of a RAS volume that a plane cuts
+COUNTED_FROM = {"axial": "below", "coronal": "behind", "sagittal": "the left"}
 SIDES = {"axial": "RL", "coronal": "RL", "sagittal": "AP"}  # at the left and right of a picture
 COLOURS = {"ground truth": (1.0, 0.15, 0.1), "prediction": (0.1, 0.9, 0.2)}  # red, green
 
@@ -1764,7 +1769,8 @@ def draw_multi_plane(path, image, masks, spacing, title):
     for line, (plane, axis) in zip(axes, PLANES.items(), strict=True):
         index = busiest_slice([*masks.values()], axis)
         cuts = {name: display_slice(mask, axis, index) for name, mask in masks.items()}
-        titles = [f"{plane}, slice {index} of {image.shape[axis]}"]
+        place = f"slice {index + 1} of {image.shape[axis]} from {COUNTED_FROM[plane]}"
+        titles = [f"{plane}, {place}"]
         titles += [f"{name}, {cut.sum()} voxels" for name, cut in cuts.items()]
         draw_row(line, display_slice(image, axis, index), cuts, titles, plane, spacing)
     write_figure(path, figure, title)
@@ -1788,14 +1794,13 @@ def draw_case(case, image, affine, masks, title, cfg):
 
 def describe_scores(row, affine, cfg):
     """Return the title of a test case's figure: its scores, each with its grid."""
-    spacing = " x ".join(f"{mm:g}" for mm in ras_spacing(affine))
     scores = "   ".join(f"{words} {row[f'native_{name}']:.3f}" for name, words in METRICS.items())
     burden = [f"{row[f'count_{s}']} PVS, {row[f'volume_ml_{s}']:.2f} ml" for s in ("label", "pred")]
-    back = row["roundtrip_dice"]
+    back, spacing = row["roundtrip_dice"], spacing_words(ras_spacing(affine))
     back = "undefined" if back is None else f"Dice {back:.3f}"
     lines = (
         f"{row['name']}   {scores}",
-        f"native grid, {spacing} mm; the ground truth taken to the working grid and back: {back}",
+        f"native grid, {spacing}; the ground truth taken to the working grid and back: {back}",
         f"Dice {row['dice']:.3f} on the {describe_grid(cfg)}",
         f"{burden[0]} in the ground truth; {burden[1]} predicted",
         data_set_name(cfg),
@@ -1835,7 +1840,8 @@ def draw_agreement(path, rows, burden, cfg):
         end = 1.05 * max(label.max(), pred.max(), 1e-9)
         line[0].plot([0, end], [0, end], color="0.6", lw=1, label="identity")
         line[0].plot(label, pred, "o", alpha=0.7)
-        line[0].set(xlim=(0, end), ylim=(0, end), aspect="equal", title=", ".join([title, *scores]))
+        span = (-0.03 * end, end)  # points at 0 are seen whole
+        line[0].set(xlim=span, ylim=span, aspect="equal", title=", ".join([title, *scores]))
         line[0].set(xlabel=f"ground truth, {words}", ylabel=f"prediction, {words}")
         line[1].axhline(0, color="0.6", lw=1)
         line[1].plot((label + pred) / 2, pred - label, "o", alpha=0.7)
@@ -2164,9 +2170,9 @@ def predict_scans(model, cases, cfg):
         files = {"scan": case["image"], "mask": prediction_path(case, cfg).relative_to(out)}
         rows.append({"participant_id": case["subject"], "name": case["name"], **burden, **files})
         write_csv(out / "logs" / "participants_pvs.csv", rows)
-        spacing = " x ".join(f"{mm:g}" for mm in ras_spacing(affine))
+        spacing = spacing_words(ras_spacing(affine))
         told = f"{case['name']}: {burden['count']} PVS, {burden['volume_ml']:.3f} ml predicted"
-        title = f"{told}\nnative grid, {spacing} mm; predicted on the {describe_grid(cfg)}"
+        title = f"{told}\nnative grid, {spacing}; predicted on the {describe_grid(cfg)}"
         draw_case(case, np.asarray(image[0]), affine, {"prediction": pred}, title, cfg)
     for row in rows:
         log.info("%s: %d PVS, %.3f ml", row["name"], row["count"], row["volume_ml"])
