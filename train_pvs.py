@@ -3,6 +3,7 @@
     python train_pvs.py --data-dir DIR   train, test and draw on a BIDS folder such as ds005595
     python train_pvs.py --check          look the data over, print what a run would use, stop
     python train_pvs.py --demo           the whole pipeline on simulated heads: CPU, minutes
+    python train_pvs.py --resume         go on after an interruption
     python train_pvs.py --evaluate       test and draw again from the best weights
     python train_pvs.py --predict SCAN   segment new scans, files or BIDS folders
 
@@ -14,6 +15,7 @@ the network lives. Every score names its grid.
 
 import argparse
 import csv
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -168,6 +170,12 @@ NOT_OF_CHECKPOINT = (
     *("SW_BATCH_SIZE", "SAVE_PROBABILITIES", "DEVICE", "AMP", "NUM_WORKERS"),
 )
 
+# What --resume may change; all else decides what the network becomes.
+NOT_OF_TRAINING = (
+    *("EPOCHS", "DATA_DIR", "OUTPUT_DIR", "CACHE_DIR", "IMAGE_GLOB", "LABEL_GLOB", "SPLIT"),
+    *("SAVE_PROBABILITIES", "DEVICE", "NUM_WORKERS"),
+)
+
 HOW_TO_GET_DATA = """\
 To get OpenNeuro ds005595 (200 subjects, 4 GB, CC0), one of:
   aws s3 sync --no-sign-request s3://openneuro.org/ds005595 ds005595-1.0.0
@@ -187,6 +195,7 @@ def build_parser():
     command = parser.add_mutually_exclusive_group()
     for flag, text in {
         "--check": "look the data over, print what a run would use, stop",
+        "--resume": "go on after an interruption, to the same weights as without one",
         "--evaluate": "test and draw again; with another --data-dir, score all its masked scans",
     }.items():
         command.add_argument(flag, action="store_true", help=text)
@@ -661,7 +670,7 @@ def read_split(path, subjects):
 
 # -------------------------------------------------------------------------------------- Transforms
 
-CACHE_VERSION = 2  # raise it with a change of the deterministic transforms: older entries expire
+CACHE_VERSION = 3  # raise it with a change of the deterministic transforms: older entries expire
 BACKGROUND_SAMPLE = 100_000  # voxels kept as centres of negative patches; all would take 8 B each
 INTERPOLATION = ("bilinear", "nearest")
 
@@ -782,7 +791,7 @@ def build_cache_entry(case, cfg):
         flat indices of all labelled voxels and of a seeded sample of the others; native_voxels:
         labelled on the native grid; native_spacing: mm, of the axes next to right, front and top;
         roundtrip_dice: native Dice of the label taken to the working grid and back, None if it is
-        empty; sha256 of the scan's voxels
+        empty; sha256 and label_sha256 of the files' voxels
 
     Raises:
         ValueError: a line for each file that is damaged, not finite, or not of whole numbers.
@@ -799,7 +808,7 @@ def build_cache_entry(case, cfg):
     if problems:
         raise ValueError("\n".join(problems))
     label.affine = volumes["image"].affine  # check_headers bounds the difference
-    voxels = hashlib.sha256(np.ascontiguousarray(volumes["image"])).hexdigest()
+    hashes = [hashlib.sha256(np.ascontiguousarray(volumes[k])).hexdigest() for k in BOTH]
     entry, native_label = to_working_grid(volumes, cfg), label[0].as_tensor() > 0
     back = to_native_grid(entry["label"].float(), entry)[0] > 0.5  # as a probability
     dice = compute_dice(back[None, None], native_label[None, None], ignore_empty=False)
@@ -811,7 +820,8 @@ def build_cache_entry(case, cfg):
         "native_voxels": int(native_label.sum()),
         "native_spacing": ras_spacing(label.affine.numpy()),
         "roundtrip_dice": float(dice) if native_label.any() else None,
-        "sha256": voxels,
+        "sha256": hashes[0],
+        "label_sha256": hashes[1],
     }
 
 
@@ -820,8 +830,8 @@ def prepare_case(case, cfg):
 
     Returns:
         {"problems": sentences, "warnings": sentences, "failure": of writing, or "", and where all
-        is well "case": with "cache", the entry's path, and "sha256" of the scan's voxels,
-        "native_voxels", "working_voxels": labelled, "native_spacing", "roundtrip_dice"}
+        is well "case": with "cache", the entry's path, and the hashes of its voxels,
+        "native_voxels" and "working_voxels": labelled, "native_spacing", "roundtrip_dice"}
     """
     problems, cautions = check_headers(case)
     report = {"problems": problems, "warnings": cautions, "failure": ""}
@@ -839,9 +849,8 @@ def prepare_case(case, cfg):
     entry = load_cached(case)
     report |= {"working_voxels": len(entry["foreground"])}
     facts = ("native_voxels", "native_spacing", "roundtrip_dice")
-    return (
-        report | {key: entry[key] for key in facts} | {"case": case | {"sha256": entry["sha256"]}}
-    )
+    case |= {key: entry[key] for key in ("sha256", "label_sha256")}
+    return report | {key: entry[key] for key in facts} | {"case": case}
 
 
 def log_grids(reports, cfg):
@@ -1196,7 +1205,12 @@ def package_versions():
     return {"python": platform.python_version()} | versions
 
 
-def save_checkpoint(path, model, cfg, scans, row):
+def list_hashes(split, key):
+    """Return by part of the split {name: hash of the voxels} of its cases."""
+    return {part: {case["name"]: case[key] for case in cases} for part, cases in split.items()}
+
+
+def save_checkpoint(path, model, cfg, split, row):
     """Write the weights with all that using them takes.
 
     Config, working grid, package versions, the epoch's row of history, and by part of the split
@@ -1204,11 +1218,19 @@ def save_checkpoint(path, model, cfg, scans, row):
     """
     grid = {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
     content = {"model": model.state_dict(), "config": asdict(cfg), "working_grid": grid}
-    content |= {"scans": scans, "history_row": row, "versions": package_versions()}
-    write_torch(path, content)
+    content |= {"sha256": list_hashes(split, "sha256"), "history_row": row}
+    write_torch(path, content | {"versions": package_versions()})
 
 
-CHECKPOINT_KEYS = ("model", "config", "scans", "history_row")  # what using a checkpoint takes
+def save_last(path, training, cfg, split, progress):
+    """Write all that going on takes: states, Config, hashes of the data, progress."""
+    content = {name: part.state_dict() for name, part in training.items()}
+    content |= {key: list_hashes(split, key) for key in ("sha256", "label_sha256")}
+    content |= {"config": asdict(cfg), "history_row": progress["history"][-1]}
+    write_torch(path, content | {"progress": progress, "versions": package_versions()})
+
+
+CHECKPOINT_KEYS = ("model", "config", "sha256", "history_row")  # what using a checkpoint takes
 
 
 def read_checkpoint(path):
@@ -1230,6 +1252,33 @@ def read_checkpoint(path):
         raise ValueError(
             f"{path}: expected a checkpoint of this script, damaged or of another ({reason})"
         ) from None
+
+
+def read_last(cfg, split):
+    """Return the content of `last.pth`, from which the run goes on.
+
+    Raises:
+        ValueError: there is none; or settings, scans, masks or the split differ, names each.
+    """
+    content = read_checkpoint(Path(cfg.OUTPUT_DIR) / "checkpoints" / "last.pth")
+    problems = []
+    for name, value in asdict(cfg).items():
+        trained = content["config"].get(name, getattr(Config, name))
+        if name not in NOT_OF_TRAINING and value != trained:
+            problems.append(f"{name}: the run has {trained}, now it is {value}")
+    for key, kind in {"sha256": "scan", "label_sha256": "mask"}.items():
+        for part, now in list_hashes(split, key).items():
+            then = content[key][part]
+            for name in sorted(set(now) | set(then)):
+                if name not in now or name not in then:
+                    change = "now missing" if name in then else "new"
+                    problems.append(f"{name}: {change} in {part}")
+                elif now[name] != then[name]:
+                    problems.append(f"{name}: another {kind} than the run began with")
+    if problems:
+        told = "\n  ".join(dict.fromkeys(problems))
+        raise ValueError(f"cannot go on with what differs from the run's beginning:\n  {told}")
+    return content
 
 
 def load_weights(model, content, path):
@@ -1354,36 +1403,44 @@ NOTHING_LEARNED = (
 )
 
 
-def build_optimizer(model, cfg):
-    """Return AdamW, its ReduceLROnPlateau, and the gradient scaler that float16 needs."""
+def build_training(model, cfg):
+    """Return what training changes: model, AdamW, its ReduceLROnPlateau, float16's scaler."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.LR, weight_decay=cfg.WEIGHT_DECAY)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, factor=cfg.LR_FACTOR, patience=cfg.LR_PATIENCE, min_lr=cfg.LR_MIN
     )
     device = next(model.parameters()).device
     fp16 = autocast_dtype(device, cfg) == torch.float16
-    return optimizer, plateau, torch.amp.GradScaler(device.type, enabled=fp16)
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+    return {"model": model, "optimizer": optimizer, "plateau": plateau, "scaler": scaler}
 
 
-def fit(model, cfg, split):
+def fit(model, cfg, split, last=None):
     """Train until EPOCHS, or until EARLY_STOPPING validations in a row brought no better Dice.
 
     The weights of the best validation Dice are in `checkpoints/best_model.pth`, always written
-    after the first epoch. While the Dice has never left 0 the run is not stopped early: with 0.1 %
-    foreground it can stay there for long.
+    after the first epoch; `last.pth` holds after every epoch all that going on takes, and `last`
+    is its content. No random state is among it: all randomness is a function of SEED and epoch.
+    While the Dice has never left 0 the run is not stopped early: with 0.1 % foreground it can stay
+    there for long.
 
     Returns:
         the history: a dict an epoch with epoch, train_loss, train_dice, val_loss and val_dice
         (None where not validated), lr, seconds
     """
     device, out = next(model.parameters()).device, Path(cfg.OUTPUT_DIR)
-    scans = {part: {c["name"]: c["sha256"] for c in split[part]} for part in split}
     loader = build_train_loader(split["train"], cfg, device)
-    optimizer, plateau, scaler = build_optimizer(model, cfg)
-    best_dice, waited, history = -1.0, 0, []
-    for epoch in range(1, cfg.EPOCHS + 1):
-        start, loader.sampler.epoch = time.perf_counter(), epoch
-        row = {"epoch": epoch, "val_loss": None, "val_dice": None}
+    training = build_training(model, cfg)
+    _, optimizer, plateau, scaler = training.values()
+    progress = {"best_dice": -1.0, "waited": 0, "history": []}
+    if last:
+        progress = last["progress"]
+        for name, part in training.items():
+            part.load_state_dict(last[name])
+    history = progress["history"]
+    while len(history) < cfg.EPOCHS and not stops_early(progress, cfg):
+        epoch = loader.sampler.epoch = len(history) + 1
+        start, row = time.perf_counter(), {"epoch": epoch, "val_loss": None, "val_dice": None}
         row["lr"] = optimizer.param_groups[0]["lr"]
         row["train_loss"], row["train_dice"] = train_one_epoch(
             model, loader, optimizer, scaler, cfg
@@ -1391,21 +1448,27 @@ def fit(model, cfg, split):
         if epoch in (1, cfg.EPOCHS) or epoch % cfg.VAL_EVERY == 0:
             row["val_loss"], row["val_dice"] = validate(model, split["val"], cfg, epoch)
             plateau.step(row["val_loss"])
-            waited += 1
+            progress["waited"] += 1
         row["seconds"] = round(time.perf_counter() - start, 2)
         history.append(row)
-        improved = row["val_dice"] is not None and row["val_dice"] > best_dice
+        improved = row["val_dice"] is not None and row["val_dice"] > progress["best_dice"]
         if improved:
-            best_dice, waited = row["val_dice"], 0
-            save_checkpoint(out / "checkpoints" / "best_model.pth", model, cfg, scans, row)
+            progress |= {"best_dice": row["val_dice"], "waited": 0}
+            save_checkpoint(out / "checkpoints" / "best_model.pth", model, cfg, split, row)
+        save_last(out / "checkpoints" / "last.pth", training, cfg, split, progress)
         write_json(out / "logs" / "training_history.json", history)
         log_epoch(history, improved, cfg)
-        if epoch == 50 and best_dice == 0:
+        if epoch == 50 and progress["best_dice"] == 0:
             log.warning("Warning: validation Dice is still 0; going on. %s", NOTHING_LEARNED)
-        if waited >= cfg.EARLY_STOPPING and best_dice > 0:
-            log.info("Stopped early: no better validation Dice in %d validations", waited)
-            break
     return history
+
+
+def stops_early(progress, cfg):
+    """Return, and print, whether EARLY_STOPPING validations brought no better Dice."""
+    stops = progress["waited"] >= cfg.EARLY_STOPPING and progress["best_dice"] > 0
+    if stops:
+        log.info("Stopped early: no better validation Dice in %d validations", progress["waited"])
+    return stops
 
 
 def log_epoch(history, improved, cfg):
@@ -2040,6 +2103,7 @@ def logging_to_screen():
 
 RESULTS = (  # below the output folder
     "checkpoints/best_model.pth",
+    "checkpoints/last.pth",
     "logs/training_history.json",
     "logs/comprehensive_test_metrics.json",
     "logs/test_metrics.csv",
@@ -2061,19 +2125,28 @@ def open_output_folder(cfg, name, replaceable):
     """Make the output folder and keep the messages in its `logs/<name>.log` from here on.
 
     Raises:
-        ValueError: it holds results that nothing says may be replaced.
+        ValueError: it holds results that nothing says may be replaced; or another run works there.
     """
     found, out = find_results(cfg), Path(cfg.OUTPUT_DIR)
     if found and not replaceable:
         raise ValueError(
             f"{found[0]}: there are results in the output folder already.\n"
-            "Choose another with --output-dir, or replace them with --overwrite."
+            "Choose another with --output-dir, replace them with --overwrite, or go on with a "
+            "training run with --resume."
         )
     try:
         (out / "logs").mkdir(parents=True, exist_ok=True)
-        log.addHandler(logging.FileHandler(out / "logs" / f"{name}.log", encoding="utf-8"))
+        handler = logging.FileHandler(out / "logs" / f"{name}.log", encoding="utf-8")
+        # Held while the file is open, by this process alone: forked workers do not inherit it.
+        fcntl.lockf(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        told = "another run works in this folder; wait for it, or choose another with --output-dir"
+        raise ValueError(f"{out}: {told}") from None
     except OSError as error:
         raise ValueError(f"OUTPUT_DIR: expected a folder to write to ({error})") from None
+    log.addHandler(handler)
+    for path in out.rglob(".writing-*"):  # left by runs that were killed
+        path.unlink()
 
 
 def log_settings(cfg, title, everything=False):
@@ -2124,17 +2197,21 @@ def evaluate(model, cases, cfg):
     return 0
 
 
-def train_and_test(model, split, cfg):
-    """Fit, reload the best weights, test and draw; return the exit status."""
+def train_and_test(model, split, cfg, last=None):
+    """Fit, from `last.pth` on if there is its content, then test with the best weights and draw.
+
+    Returns:
+        the exit status
+    """
     out, best_path = Path(cfg.OUTPUT_DIR), Path(cfg.OUTPUT_DIR) / "checkpoints" / "best_model.pth"
-    for path in find_results(cfg):  # which --overwrite gives up
+    for path in [] if last else find_results(cfg):  # which --overwrite gives up
         path.unlink()
     subjects = {part: sorted({c["subject"] for c in cases}) for part, cases in split.items()}
     write_json(out / "logs" / "split.json", subjects)
     model.to(choose_device(cfg))
     if cfg.HEAD_BIAS_LOG_ODDS:
         start_at_log_odds(model, split["train"], cfg)
-    fit(model, cfg, split)
+    fit(model, cfg, split, last)
     content = read_checkpoint(best_path)
     load_weights(model, content, best_path)
     best = content["history_row"]
@@ -2199,14 +2276,18 @@ def set_up_training(cfg, options):
     if not options.demo:
         check_data_folder(cfg)
     own = options.demo and Path(cfg.DATA_DIR, "dataset_description.json").exists()
-    replaceable = options.overwrite or options.check or own
+    replaceable = options.overwrite or options.check or options.resume or own
+    begun = Path(cfg.OUTPUT_DIR, "checkpoints", "last.pth")
+    if options.resume and not begun.exists():
+        raise ValueError(f"{begun}: no such file, nothing to resume; start without --resume")
     open_output_folder(cfg, "train", replaceable)
     log_settings(cfg, f"recipe {options.recipe}", everything=options.check)
     if options.demo:
         make_demo_data(cfg.DATA_DIR, cfg.SEED)
     cases = find_cases(cfg)
-    model = build_model(cfg)
+    model = build_model(replace(cfg, ENCODER_WEIGHTS="none") if options.resume else cfg)
     split = split_cases(prepare_cases(cases, cfg), cfg)
+    last = read_last(cfg, split) if options.resume else None
     log.info("Data            %s", data_set_name(cfg))
     log_plan(cfg, model, ", ".join(f"{len(part)} {name}" for name, part in split.items()))
     for part in ("val", "test"):
@@ -2214,7 +2295,9 @@ def set_up_training(cfg, options):
     if options.check:
         log.info("Nothing was trained (--check)")
         return lambda: 0
-    return functools.partial(train_and_test, model, split, cfg)
+    if last:
+        log.info("Resumed         after epoch %d", len(last["progress"]["history"]))
+    return functools.partial(train_and_test, model, split, cfg, last)
 
 
 def choose_checkpoint(cfg, options):
@@ -2283,7 +2366,7 @@ def set_up_trained(cfg, options):
         log_plan(cfg, model, f"{len(cases)} to segment")
         return functools.partial(predict_scans, model, cases, cfg)
     cases = prepare_cases(find_cases(cfg), cfg, keep_empty=True)
-    cases, own = choose_test_cases(cases, content["scans"])
+    cases, own = choose_test_cases(cases, content["sha256"])
     if in_place and not own:
         raise ValueError(f"{cfg.DATA_DIR}: expected the scans of the run, found only others")
     log.info("Data            %s", data_set_name(cfg))
@@ -2312,7 +2395,7 @@ def main(argv=None):
             log.error("Error: %s", error)
             return 1
         except KeyboardInterrupt:
-            log.error("Interrupted; what was finished is in the output folder.")
+            log.error("Interrupted; what was finished is kept. Training goes on with --resume.")
             return 130
 
 

@@ -11,7 +11,10 @@ from torch import nn
 import train_pvs
 from conftest import TINY
 
-SCANS = {"train": {"sub-1": "1f2e"}, "test": {"sub-2": "a0b1"}}
+SPLIT = {
+    "train": [{"name": "sub-1", "sha256": "1f2e"}],
+    "test": [{"name": "sub-2", "sha256": "a0b1"}],
+}
 ROW = {"epoch": 3, "val_dice": 0.25}
 
 
@@ -24,7 +27,7 @@ def model(tiny_config):
 def checkpoint(tmp_path, model, tiny_config):
     """Return the path of a checkpoint with two scans, of 10 and 20 bytes."""
     path = tmp_path / "checkpoints" / "best_model.pth"
-    train_pvs.save_checkpoint(path, model, tiny_config(), SCANS, ROW)
+    train_pvs.save_checkpoint(path, model, tiny_config(), SPLIT, ROW)
     return path
 
 
@@ -40,7 +43,7 @@ def contains(value, kinds):
 def test_checkpoint_gives_back_weights_settings_grid_split_and_row(checkpoint, model, tiny_config):
     content = train_pvs.read_checkpoint(checkpoint)
     assert content["history_row"] == ROW
-    assert content["scans"] == SCANS
+    assert content["sha256"] == {"train": {"sub-1": "1f2e"}, "test": {"sub-2": "a0b1"}}
     assert content["working_grid"] == {"orientation": "RAS", "spacing_mm": (1, 1, 1)}
     assert train_pvs.Config(**content["config"]) == tiny_config()
     assert content["versions"]["torch"] == torch.__version__.split("+")[0]

@@ -529,7 +529,8 @@ def test_cache_is_the_same_with_and_without_workers(data, run, tmp_path):
     for number in range(1, 5):
         one, two = (cache_of(tmp_path / f"out{workers}", f"sub-00{number}") for workers in (0, 2))
         assert one.keys() == two.keys()
-        assert one.pop("sha256") == two.pop("sha256")
+        for key in ("sha256", "label_sha256"):
+            assert one.pop(key) == two.pop(key)
         for key, value in one.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(two[key]))
 

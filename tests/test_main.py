@@ -63,6 +63,7 @@ def test_run_writes_all_its_files(finished):
     cases |= {mask.format(subject) for subject in test}
     assert {str(path.relative_to(finished.out)) for path in snapshot(finished.out)} == cases | {
         "checkpoints/best_model.pth",
+        "checkpoints/last.pth",
         "logs/training_history.json",
         "logs/split.json",
         "logs/comprehensive_test_metrics.json",

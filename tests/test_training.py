@@ -102,7 +102,7 @@ def fit(monkeypatch, tiny_config, tmp_path):
         scores = lambda model, cases, cfg, epoch: (loss(epoch), dice(epoch))  # noqa: E731
         monkeypatch.setattr(train_pvs, "validate", scores)
         cfg = tiny_config(OUTPUT_DIR=str(tmp_path), **settings)
-        case = {"name": "sub-1", "sha256": "a0b1"}
+        case = {"name": "sub-1", "sha256": "a0b1", "label_sha256": "c2"}
         return train_pvs.fit(nn.Conv3d(1, 1, 1), cfg, {"train": [case], "val": [case]})
 
     return script
@@ -260,12 +260,14 @@ def test_checkpoint_holds_plain_values_and_gives_the_same_prediction(tmp_path, t
     image = torch.rand(1, 16, 16, 20)
     expected = train_pvs.predict_logits(model, image, cfg)
     row = {"epoch": 3, "val_dice": 0.5}
-    train_pvs.save_checkpoint(path, model, cfg, {"test": {"sub-1": "a0b1"}}, row)
+    train_pvs.save_checkpoint(
+        path, model, cfg, {"test": [{"name": "sub-1", "sha256": "a0b1"}]}, row
+    )
 
     content = torch.load(path, weights_only=True)
     assert train_pvs.Config(**content["config"]) == cfg
     assert content["working_grid"] == {"orientation": "RAS", "spacing_mm": (1.0, 1.0, 1.0)}
-    assert content["scans"] == {"test": {"sub-1": "a0b1"}}
+    assert content["sha256"] == {"test": {"sub-1": "a0b1"}}
     assert content["history_row"] == row
     assert content["versions"]["torch"] == torch.__version__.split("+")[0]
 

@@ -1,0 +1,139 @@
+"""Kill runs at random moments, resume them, and compare with the run that was never killed.
+
+    python tests/kill_and_resume.py --kills 200
+
+The script is imported once; every run is a fork of that process, so that it starts at once. A run
+is killed (SIGKILL) after a random time, or as a file that it writes is flushed or renamed.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from conftest import TINY, make_subject, train_pvs
+
+FLAGS = ("--epochs", 4, "--val-every", 2, "--lr", 5e-3, "--test-fraction", 0.5, "--no-amp")
+
+
+def digest(content):
+    """Return a hash of tensors and plain values, nested as they may be."""
+    if isinstance(content, torch.Tensor):
+        return hashlib.sha256(content.contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(content, dict):
+        return {key: digest(value) for key, value in content.items()}
+    return [digest(value) for value in content] if isinstance(content, list) else content
+
+
+def outcome(out):
+    """Return what a run comes to, but for seconds, dates and the folder."""
+    logs = out / "logs"
+    history = json.loads((logs / "training_history.json").read_text())
+    metrics = json.loads((logs / "comprehensive_test_metrics.json").read_text())
+    last, best = (
+        torch.load(out / "checkpoints" / f"{name}.pth", weights_only=True)
+        for name in ("last", "best_model")
+    )
+    for row in [*history, *last["progress"]["history"], last["history_row"], best["history_row"]]:
+        row.pop("seconds", None)
+    for content in (metrics, last, best):
+        content.pop("date", None)
+        for name in ("DATA_DIR", "OUTPUT_DIR", "CACHE_DIR", "NUM_WORKERS", "EPOCHS"):
+            del content["config"][name]
+    masks = sorted((out / "predictions").rglob("*.nii.gz"))
+    table = (logs / "test_metrics.csv").read_text()
+    return [history, metrics, table, digest(last), digest(best), [m.read_bytes() for m in masks]]
+
+
+def start(argv, log_path, kill_at=0):
+    """Fork a run, which kills itself at its `kill_at`-th flush or renaming; return its id."""
+    child = os.fork()
+    if child:
+        return child
+    screen = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(screen, 1)
+    os.dup2(screen, 2)
+    torch.set_num_threads(1)
+    moments = 0
+
+    def deadly(function):
+        def call(*args):
+            nonlocal moments
+            moments += 1
+            if moments == kill_at:
+                os.write(1, f"\nkilled in {function.__name__} {args}\n".encode())
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+
+        return call
+
+    os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+    train_pvs.plt.rcParams["figure.max_open_warning"] = 0
+    draw = train_pvs.plt.Figure.savefig
+    train_pvs.plt.Figure.savefig = lambda *args, dpi, **kw: draw(*args, dpi=20, **kw)
+    status = 99
+    try:
+        status = train_pvs.main(argv)
+    finally:
+        os._exit(status)
+
+
+def run_to_the_end(argv, out, rng, duration, kills):
+    """Run and resume until the run ends, killed at random up to `kills` times; count how."""
+    survived = Counter()
+    for attempt in range(10**6):
+        begun = (out / "checkpoints" / "last.pth").exists()
+        left = kills - survived.total()
+        in_write = rng.random() < 0.5
+        kill_at = rng.randint(1, 40) if left and in_write else 0
+        flags = ["--resume"] if begun else ["--overwrite"]
+        child = start([*argv, *flags], out.with_suffix(".log"), kill_at)
+        if left and not in_write:
+            time.sleep(rng.uniform(0, duration))
+            os.kill(child, signal.SIGKILL)  # a zombie if it has ended
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):
+            survived["in a write" if in_write else "at a random time"] += 1
+        elif os.WEXITSTATUS(status) in (0, 1):
+            return survived
+        else:
+            sys.exit(f"attempt {attempt} ended with {os.WEXITSTATUS(status)}, see {out}.log")
+    return survived
+
+
+def main():
+    """Compare as many killed runs as it takes; exit with 1 where one differs."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng, survived, runs = random.Random(options.seed), Counter(), 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for number in range(1, 5):
+            make_subject(folder / "data", f"sub-{number:03d}", seed=number)
+        flags = ["--data-dir", str(folder / "data"), *TINY, *map(str, FLAGS)]
+        begin = time.perf_counter()
+        run_to_the_end([*flags, "--output-dir", str(folder / "0")], folder / "0", rng, 0, 0)
+        duration, expected = time.perf_counter() - begin, outcome(folder / "0")
+        while survived.total() < options.kills:
+            runs += 1
+            out = folder / str(runs)
+            left = min(options.kills - survived.total(), 10)
+            survived += run_to_the_end([*flags, "--output-dir", str(out)], out, rng, duration, left)
+            if outcome(out) != expected:
+                sys.exit(f"run {runs} differs from the one that was never killed")
+    print(f"{survived.total()} kills survived in {runs} runs: {dict(survived)}")
+
+
+if __name__ == "__main__":
+    main()
