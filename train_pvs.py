@@ -15,6 +15,7 @@ the network lives. Every score names its grid.
 
 import argparse
 import csv
+import errno
 import fcntl
 import functools
 import gzip
@@ -25,11 +26,15 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import pickle
 import platform
 import re
+import resource
 import shutil
+import signal
+import stat
 import struct
 import sys
 import time
@@ -314,6 +319,12 @@ def choose_device(cfg):
     return torch.device(fastest if cfg.DEVICE == "auto" else cfg.DEVICE)
 
 
+def leave_signals_to_the_run(_):
+    """Let a worker pass over Ctrl-C, which a terminal sends to all its processes; obey SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def worker_count(cfg):
     """Return NUM_WORKERS, but no more than there are processors."""
     return min(cfg.NUM_WORKERS, os.cpu_count() or 1)
@@ -335,6 +346,9 @@ def autocast(device, cfg):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+received_signals = []  # that end the run, see `stopping_on_signals`
+
+
 class Progress(tqdm):
     """A progress bar with the time left; where stderr is no terminal, a plain line now and then."""
 
@@ -349,22 +363,61 @@ class Progress(tqdm):
         elif 0 < self.n < self.total:
             self.fp.write(f"{self}\n")
 
+    def __iter__(self):
+        """Yield the items; end the run where Python lost a signal's exception in a destructor."""
+        for item in super().__iter__():
+            yield item
+            if received_signals:
+                raise KeyboardInterrupt
+
 
 def write_file(path, data):
-    """Write bytes or text so that the file appears whole or not at all."""
+    """Write bytes or text so that the file appears whole or not at all, also after a power cut.
+
+    Raises:
+        OSError: names the file, what it takes and what is free; a former file is as it was.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else memoryview(data)
     temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        sizes = f"it takes {size_words(len(data))}, {size_words(free_disk(path))} are free"
+        told = f"{path}: cannot be written ({error.strerror}); {sizes}"
+        raise OSError(f"{told}. A former file of that name is as it was.") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder may be what cannot be written
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder):
+    """Make what was renamed in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def free_disk(path):
+    """Return the bytes that are free where `path` lies or will lie."""
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+
+
+def size_words(count):
+    """Return a number of bytes as text, 1.5 GB."""
+    for unit, size in {"GB": 1e9, "MB": 1e6}.items():
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
 
 
 def json_text(content):
@@ -384,10 +437,59 @@ def write_torch(path, content):
     write_file(path, buffer.getbuffer())
 
 
+OUT_OF_MEMORY = (
+    "To need less: --sw-batch-size 1; in training also --batch-size 1 --accumulate-steps 2 (the "
+    "recipe's step in two halves), or smaller --crops-per-volume or --img-patch-size."
+)
+
+
+def peak_memory():
+    """Return the most memory that this process has had, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_memory():
+    """Return the memory that this process has now, bytes."""
+    pages = int((PROC / "self" / "statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+MEMORY_FILES = (  # of a control group, version 2 and 1: limit, use, and where the page cache stands
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file"),
+)
+
+
+def free_memory():
+    """Return the bytes of memory that are free: the host's, or the container's where it has fewer.
+
+    Of both versions of Linux's control groups; their page cache counts as free. Without a limit
+    where there is no Linux.
+    """
+    if not (PROC / "meminfo").exists():
+        return math.inf
+    lines = (PROC / "meminfo").read_text().splitlines()
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    for line in (PROC / "self" / "cgroup").read_text().splitlines():
+        kinds, name = line.split(":", 2)[1:]
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top, files = CONTROL_GROUPS / ("memory" if kinds else ""), MEMORY_FILES[bool(kinds)]
+        inner = top / name.strip("/")
+        for group in (inner, *inner.parents):
+            with suppress(OSError, ValueError, StopIteration):  # no limit: the word max, or no file
+                limit, used, stat = ((group / file).read_text() for file in files[:3])
+                cached = next(x for x in stat.splitlines() if x.startswith(files[3] + " "))
+                free.append(int(limit) - int(used) + int(cached.split()[1]))
+    return min(free, default=math.inf)
+
+
 # -------------------------------------------------------------------------------------------- Data
 
 BOTH = ("image", "label")  # the volumes of a case
 NIFTI = (".nii", ".nii.gz")
+NIFTI2_STARTS = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # the header's size, 540, in both byte orders
 
 
 def bids_entities(path):
@@ -412,11 +514,17 @@ def name_case(path):
     return {"subject": f"sub-{words['sub']}", "name": name, "image": str(path)}
 
 
+def one_line(text):
+    """Return a text with escapes for what cannot be printed: file names may hold line ends."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 def raise_problems(problems, remedy):
     """Raise one ValueError that lists all problems and ends with what to do; none, no error."""
     if problems:
         title = f"{len(problems)} problem{'s' * (len(problems) > 1)} in the data:"
-        raise ValueError("\n  ".join([title, *problems]) + f"\n{remedy} Nothing was done.")
+        lines = [title, *map(one_line, problems)]
+        raise ValueError("\n  ".join(lines) + f"\n{remedy} Nothing was done.")
 
 
 def find_files(folder, pattern):
@@ -469,7 +577,7 @@ def find_cases(cfg):
             found = " and ".join(map(str, masks))
             problems.append(f"{image}: expected one mask for this scan, found {found}")
         if not masks:
-            log.warning("Warning: left out, no mask: %s", image)
+            log.warning("Warning: left out, no mask: %s", one_line(image))
     raise_problems(problems, remedy)
     return [
         name_case(image) | {"label": str(masks[0])} for image, masks in masks_of.items() if masks
@@ -512,39 +620,72 @@ def find_scans(words, cfg):
 
 
 READ_ERRORS = (  # of nibabel and gzip on damaged files
-    *(OSError, EOFError, zlib.error, ValueError, TypeError, MemoryError),
+    *(OSError, EOFError, zlib.error, ValueError, TypeError, MemoryError, OverflowError),
     *(nib.spatialimages.HeaderDataError, nib.filebasedimages.ImageFileError),
+    nib.wrapstruct.WrapStructError,
 )
-
-
+TORCH_ERRORS = (  # of torch.load on damaged files
+    *(*READ_ERRORS, RuntimeError, LookupError, AttributeError),
+    *(pickle.UnpicklingError, struct.error),
+)
 VOXEL_SIDES = (0.05, 20)  # mm
+LARGEST_VOLUME = 2**29  # voxels, 800 along each axis: what claims more is no scan of a head
+HEADER_BYTES = 2**20  # a header with its extensions is shorter
+SURPLUS_BYTES = 2**20  # behind the voxels: fewer are passed over with a warning
+
+
+def open_volume(path):
+    """Open a NIfTI file for reading its bytes, decompressed.
+
+    Raises:
+        OSError: no regular file (a pipe would never end), or one that cannot be opened.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "a folder, pipe or device in place of a file")
+    return (gzip.open if str(path).endswith(".gz") else open)(path, "rb")
+
+
+def explain(error):
+    """Return why a file cannot be read, in a line."""
+    if isinstance(error, FileNotFoundError):
+        return "there is none, or it is a link to none; with DataLad: datalad get"
+    return one_line(getattr(error, "strerror", None) or error)[:200]
 
 
 def read_header(path):
     """Return a NIfTI file as a nibabel image whose data are not read yet, and its 3D shape.
 
     Raises:
-        ValueError: no NIfTI file, not 3D (trailing axes of length 1 are accepted), or no affine
-            that can be inverted; names the file.
+        ValueError: no NIfTI file of real numbers, not 3D (trailing axes of length 1 are accepted),
+            or a size, voxel or affine that no scan has; names the file.
     """
     try:
-        volume = nib.load(path)
+        with open_volume(path) as file:
+            start = file.read(540)  # NIfTI-2 has a header of that size, NIfTI-1 a shorter one
+            kind = nib.Nifti2Image if start[:4] in NIFTI2_STARTS else nib.Nifti1Image
+            header = kind.header_class(start[: kind.header_class.sizeof_hdr], check=False)
+            start += file.read(min(int(header["vox_offset"]), HEADER_BYTES))
+        volume = kind.from_bytes(start)
     except READ_ERRORS as error:
-        missing = isinstance(error, FileNotFoundError)
-        reason = "the link's file is missing; with DataLad: datalad get" if missing else error
-        raise ValueError(f"{path}: expected a NIfTI file, cannot be read ({reason})") from None
-    if not isinstance(volume, nib.Nifti1Image):
-        raise ValueError(f"{path}: expected a NIfTI file, got {type(volume).__name__}")
+        told = f"expected a NIfTI file, cannot be read ({explain(error)})"
+        raise ValueError(f"{path}: {told}") from None
     shape = volume.shape[:3] + tuple(n for n in volume.shape[3:] if n != 1)
     if len(shape) != 3 or min(shape) < 2:
         raise ValueError(f"{path}: expected a 3D volume, got shape {volume.shape}")
-    linear = volume.affine[:3, :3]
+    if math.prod(shape) > LARGEST_VOLUME:
+        raise ValueError(f"{path}: expected at most {LARGEST_VOLUME} voxels, got shape {shape}")
+    if volume.get_data_dtype().kind not in "iuf":
+        got = volume.get_data_dtype()
+        raise ValueError(f"{path}: expected voxels that are real numbers, got {got}")
+    linear, pixdim = volume.affine[:3, :3], volume.header["pixdim"][1:4].tolist()
     if not np.isfinite(volume.affine).all() or abs(np.linalg.det(linear)) < 1e-9:
         raise ValueError(f"{path}: expected an affine that can be inverted, got {linear.tolist()}")
     sides, (low, high) = nib.affines.voxel_sizes(volume.affine), VOXEL_SIDES
     if min(sides) < low or max(sides) > high:
         expected = f"expected voxel sides of {low} to {high} mm"
         raise ValueError(f"{path}: {expected}, got {sides.tolist()} (another unit?)")
+    if not min(pixdim) > 0:
+        raise ValueError(f"{path}: expected voxel sides above 0 (pixdim), got {pixdim}")
     return volume, shape
 
 
@@ -588,30 +729,107 @@ def check_headers(case):
     shift = affine_displacement(image.affine, label.affine, shape)
     told = f"{case['label']}: its affine puts corners {shift:.2f} voxels from the scan's"
     if shift > 0.5:
-        return [f"{told}, expected at most 0.5"], []
+        axes = ["".join(nib.aff2axcodes(volume.affine)) for volume, _ in headers]
+        flipped = f" (axes {axes[1]}, the scan's are {axes[0]})" if axes[0] != axes[1] else ""
+        return [f"{told}, expected at most 0.5{flipped}"], []
     return [], [f"{told}; the scan's is used for both"] if shift > 0.1 else []
+
+
+def read_voxel_bytes(path, volume):
+    """Return the file of a `volume` up to its last voxel, decompressed, and how many bytes follow.
+
+    Of what the header does not announce no more than `SURPLUS_BYTES` is read. The end of a .gz file
+    is reached, so that its checksum was compared.
+
+    Raises:
+        ValueError: shorter than the header says, damaged, or longer by more than that.
+    """
+    voxels = math.prod(volume.shape) * volume.get_data_dtype().itemsize
+    size, content, surplus = volume.dataobj.offset + voxels, bytearray(), 0
+    with open_volume(path) as file:
+        while len(content) < size and (chunk := file.read(min(2**24, size - len(content)))):
+            content += chunk  # grows with what is there, not with what the header claims
+        if len(content) < size:
+            raise ValueError(f"it ends after {len(content)} of {size} bytes")
+        try:
+            while chunk := file.read(2**16):
+                surplus += len(chunk)
+                if surplus > SURPLUS_BYTES:
+                    raise ValueError(f"it goes on after the {size} bytes that its header tells of")
+        except gzip.BadGzipFile as error:
+            if "Not a gzipped file" not in str(error):  # which some bytes after the end are
+                raise
+            surplus += 1
+    return content, surplus
 
 
 def read_volume(path):
     """Read a NIfTI file to its last byte, the checksum included.
 
     Returns:
-        MetaTensor (1, X, Y, Z) float32 on the native grid, with the file's scaling and affine.
+        (volume, warnings): MetaTensor (1, X, Y, Z) float32 on the native grid, with the file's
+        scaling and affine; sentences
 
     Raises:
         ValueError: cut off, damaged or not finite; names the file.
     """
     header, shape = read_header(path)
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-            data = np.asarray(type(header).from_bytes(file.read()).dataobj, dtype=np.float32)
+        content, surplus = read_voxel_bytes(path, header)
+        data = np.asarray(type(header).from_bytes(content).dataobj, dtype=np.float32)
     except READ_ERRORS as error:
-        reason = f"cannot be read to its last byte ({error})"
+        reason = f"cannot be read to its last byte ({explain(error)})"
         raise ValueError(f"{path}: {reason}; expected a whole file, copy it anew") from None
     bad = data.size - int(np.isfinite(data).sum())
     if bad:
         raise ValueError(f"{path}: expected finite voxels, {bad} are NaN or infinite")
-    return MetaTensor(torch.from_numpy(data.reshape(1, *shape)), torch.from_numpy(header.affine))
+    volume = torch.from_numpy(data.reshape(1, *shape))
+    cautions = [f"{path}: bytes after the last voxel are passed over"] if surplus else []
+    return MetaTensor(volume, torch.from_numpy(header.affine)), cautions
+
+
+def check_scan(path, image):
+    """Raise a ValueError, which names the file, where a volume (1, X, Y, Z) shows no head.
+
+    Neighbours in noise have nothing in common; in scans of heads they are nearly equal.
+    """
+    volume = np.asarray(image)[0]
+    if volume.min() == volume.max():
+        raise ValueError(f"{path}: expected a scan, all voxels are {volume.min():g}")
+    right = volume[1::2, ::2, ::2].ravel()
+    left = volume[:-1:2, ::2, ::2].ravel()
+    if min(left.std(), right.std()) == 0 or np.corrcoef(left, right)[0, 1] < 0.2:
+        raise ValueError(f"{path}: expected a head, got nothing but noise")
+
+
+def check_mask(case, label, entry):
+    """Compare a mask (X, Y, Z), native grid, with the head on the working grid of its entry.
+
+    Returns:
+        (problems, warnings), sentences
+    """
+    values, cautions = torch.unique(label[label > 0]).tolist(), []
+    if not values:
+        return [], []
+    if len(values) > 1:
+        some = ", ".join(f"{value:g}" for value in values[:5])
+        cautions.append(f"{case['label']}: {len(values)} values ({some}), all count as PVS")
+    voxels = np.argwhere(label.numpy() > 0)
+    to_working = np.linalg.solve(entry["affine"], entry["native_affine"])
+    places = nib.affines.apply_affine(to_working, voxels).round().astype(int)
+    head = head_mask(entry["image"].float())[0]
+    inside = np.all((places >= 0) & (places < head.shape), axis=1)
+    hits = tuple(places[inside].T)
+    if not head[hits].any() and not ndimage.binary_fill_holes(head)[hits].any():
+        told = f"expected PVS in the head, all {len(voxels)} voxels lie outside"
+        return [f"{case['label']}: {told}"], []
+    if not inside.all():
+        lost = f"{(~inside).sum()} of {len(voxels)} voxels lie outside the head and are left out"
+        cautions.append(f"{case['label']}: {lost}")
+    share = 100 * int(entry["label"].sum()) / head.sum()
+    if share > 5:
+        cautions.append(f"{case['label']}: {share:.1f} % of the head is PVS, expected less than 5")
+    return [], cautions
 
 
 def split_cases(cases, cfg):
@@ -670,7 +888,7 @@ def read_split(path, subjects):
 
 # -------------------------------------------------------------------------------------- Transforms
 
-CACHE_VERSION = 3  # raise it with a change of the deterministic transforms: older entries expire
+CACHE_VERSION = 4  # raise it with a change of the deterministic transforms: older entries expire
 BACKGROUND_SAMPLE = 100_000  # voxels kept as centres of negative patches; all would take 8 B each
 INTERPOLATION = ("bilinear", "nearest")
 
@@ -741,18 +959,31 @@ def build_train_transforms(cfg):
     )
 
 
+def cache_folder(cfg):
+    """Return where the prepared volumes lie."""
+    return Path(cfg.CACHE_DIR or Path(cfg.OUTPUT_DIR) / "cache")
+
+
 def cache_path(case, cfg):
     """Return where a case's prepared volume lies; other files or settings, another name."""
     stats = [(path, os.stat(path)) for path in (case["image"], case["label"])]
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     key = (files, cfg.PIX_DIM, cfg.INTENSITY_PERCENTILES, cfg.IMG_PATCH_SIZE, cfg.SEED)
     digest = hashlib.sha256(repr((CACHE_VERSION, *key)).encode()).hexdigest()[:16]
-    return Path(cfg.CACHE_DIR or Path(cfg.OUTPUT_DIR) / "cache") / f"{case['name']}-{digest}.pt"
+    return cache_folder(cfg) / f"{case['name']}-{digest}.pt"
 
 
 def load_cached(case):
-    """Return the cache entry (see `build_cache_entry`) of a prepared case, memory-mapped."""
-    return torch.load(case["cache"], mmap=True, weights_only=True)
+    """Return the cache entry (see `build_cache_entry`) of a prepared case, memory-mapped.
+
+    Raises:
+        OSError: it is gone or damaged; names it.
+    """
+    try:
+        return torch.load(case["cache"], mmap=True, weights_only=True)
+    except TORCH_ERRORS as error:
+        told = f"{case['cache']}: the prepared volume is gone or damaged ({explain(error)})"
+        raise OSError(f"{told}; the next start makes it anew") from None
 
 
 def to_working_grid(volumes, cfg):
@@ -791,25 +1022,32 @@ def build_cache_entry(case, cfg):
         flat indices of all labelled voxels and of a seeded sample of the others; native_voxels:
         labelled on the native grid; native_spacing: mm, of the axes next to right, front and top;
         roundtrip_dice: native Dice of the label taken to the working grid and back, None if it is
-        empty; sha256 and label_sha256 of the files' voxels
+        empty; sha256 and label_sha256 of the files' voxels; warnings: sentences
 
     Raises:
-        ValueError: a line for each file that is damaged, not finite, or not of whole numbers.
+        ValueError: holds a sentence for each thing that is wrong with the files.
     """
-    volumes, problems = {}, []
+    volumes, problems, cautions = {}, [], []
     for key in BOTH:
         try:
-            volumes[key] = read_volume(case[key])
+            volumes[key], found = read_volume(case[key])
+            cautions += found
+            if key == "image":
+                check_scan(case[key], volumes[key])
         except ValueError as error:
             problems.append(str(error))
     label = volumes.get("label", torch.zeros(1))
     if not torch.equal(label, label.round()):
         problems.append(f"{case['label']}: expected whole numbers in a mask, got fractions")
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError(*problems)
     label.affine = volumes["image"].affine  # check_headers bounds the difference
-    hashes = [hashlib.sha256(np.ascontiguousarray(volumes[k])).hexdigest() for k in BOTH]
-    entry, native_label = to_working_grid(volumes, cfg), label[0].as_tensor() > 0
+    hashes = [hash_voxels(volumes[key]) for key in BOTH]
+    entry, values = to_working_grid(volumes, cfg), label[0].as_tensor()
+    problems, found = check_mask(case, values, entry)
+    if problems:
+        raise ValueError(*problems)
+    native_label = values > 0
     back = to_native_grid(entry["label"].float(), entry)[0] > 0.5  # as a probability
     dice = compute_dice(back[None, None], native_label[None, None], ignore_empty=False)
     background = (entry["label"] == 0).flatten().nonzero().flatten().to(torch.int32)
@@ -822,35 +1060,139 @@ def build_cache_entry(case, cfg):
         "roundtrip_dice": float(dice) if native_label.any() else None,
         "sha256": hashes[0],
         "label_sha256": hashes[1],
+        "warnings": cautions + found,
     }
+
+
+def hash_voxels(volume):
+    """Return the hash of a native volume (1, X, Y, Z) by which it is known again."""
+    return hashlib.sha256(np.ascontiguousarray(volume)).hexdigest()
+
+
+def cache_entry(case, cfg):
+    """Return the cache entry of a case; it is made where there is none or a damaged one."""
+    with suppress(OSError):
+        return load_cached(case)
+    write_torch(case["cache"], build_cache_entry(case, cfg))
+    return load_cached(case)
 
 
 def prepare_case(case, cfg):
     """Check a case and put it into the cache unless it is there.
 
     Returns:
-        {"problems": sentences, "warnings": sentences, "failure": of writing, or "", and where all
-        is well "case": with "cache", the entry's path, and the hashes of its voxels,
-        "native_voxels" and "working_voxels": labelled, "native_spacing", "roundtrip_dice"}
+        {"problems": sentences, "warnings": sentences, "failure": of writing, or "", "peak": the
+        most memory that this process has had, bytes}, and where all is well "case": with "cache",
+        the entry's path, and the hashes of its voxels, "cache_bytes", "native_voxels" and
+        "working_voxels": labelled, "native_spacing", "roundtrip_dice"
     """
     problems, cautions = check_headers(case)
     report = {"problems": problems, "warnings": cautions, "failure": ""}
-    if problems:
-        return report
+    if not problems:
+        try:
+            case = case | {"cache": str(cache_path(case, cfg))}
+            entry = cache_entry(case, cfg)
+        except ValueError as error:
+            report["problems"] = list(error.args)
+        except OSError as error:  # told by the parent: a worker's own error is a traceback
+            report["failure"] = str(error)
+        else:
+            facts = ("native_voxels", "native_spacing", "roundtrip_dice")
+            report |= {key: entry[key] for key in facts}
+            report["warnings"] = cautions + entry["warnings"]
+            report["working_voxels"] = len(entry["foreground"])
+            report["cache_bytes"] = Path(case["cache"]).stat().st_size
+            report["case"] = case | {key: entry[key] for key in ("sha256", "label_sha256")}
+    return report | {"peak": peak_memory()}
+
+
+FIRST_CASES = 3  # by which the estimates of memory and disk are refined
+CACHE_BYTES = 3.2  # a voxel: image 2, label 1, and 4 for each labelled one, of which 5 % are many
+# Bytes a voxel of native and working grid, and bytes besides, as measured with scans of 2 and 20
+# million voxels: to read, check and resample a scan; to test one (prediction, scores, figures).
+PREPARING_BYTES, TESTING_BYTES = (40, 5, 30e6), (78, 6, 150e6)
+
+
+def count_voxels(case, cfg):
+    """Return the voxels of a scan, and of its working grid at most (uncropped), from its header.
+
+    (0, 0) where it cannot be read: the pass over all voxels names such scans.
+    """
     try:
-        path = cache_path(case, cfg)
-        if not path.exists():
-            write_torch(path, build_cache_entry(case, cfg))
-    except ValueError as error:
-        return report | {"problems": str(error).splitlines()}
-    except OSError as error:  # told by the parent: a worker's own error is a traceback
-        return report | {"failure": str(error)}
-    case = case | {"cache": str(path)}
-    entry = load_cached(case)
-    report |= {"working_voxels": len(entry["foreground"])}
-    facts = ("native_voxels", "native_spacing", "roundtrip_dice")
-    case |= {key: entry[key] for key in ("sha256", "label_sha256")}
-    return report | {key: entry[key] for key in facts} | {"case": case}
+        volume, shape = read_header(case["image"])
+    except ValueError:
+        return 0, 0
+    order = np.argsort(nib.io_orientation(volume.affine)[:, 0])
+    sides = ras_spacing(volume.affine) * np.array(shape)[order]
+    working = np.maximum(np.ceil(sides / cfg.PIX_DIM) + 1, cfg.IMG_PATCH_SIZE)
+    return math.prod(shape), math.prod(working.astype(int).tolist())
+
+
+def step_memory(model, cfg):
+    """Return the bytes of a training step: weights, gradients, AdamW's states, what backward keeps.
+
+    Found by a forward pass on the meta device, which computes nothing; float32.
+    """
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    shape = (cfg.BATCH_SIZE * cfg.CROPS_PER_VOLUME, 1, *cfg.IMG_PATCH_SIZE)
+    patches = torch.empty(shape, device="meta")
+    shadow = {k: v.to("meta") for k, v in [*model.named_parameters(), *model.named_buffers()]}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        torch.func.functional_call(model.train(), shadow, (patches,))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return 4 * weights + sum(storage.nbytes() for storage in kept.values())
+
+
+def estimate_cache(voxels, reports):
+    """Return the bytes that the cache takes at most; with first reports, by what their cases took.
+
+    `voxels`: by case as `count_voxels` has them.
+    """
+    bounds = [CACHE_BYTES * working + 4 * BACKGROUND_SAMPLE for _, working in voxels]
+    taken = [report.get("cache_bytes", 0) for report in reports]
+    return sum(bounds) * (sum(taken) / sum(bounds[: len(taken)]) if any(taken) else 1)
+
+
+def estimate_memory(voxels, reports, base, step, cfg):
+    """Return the bytes of memory that the run and its workers take at most, at any time.
+
+    With first reports the preparation's part is known from what their cases took. `base`: of this
+    process before; `step`: of a training step, where it takes place in this memory.
+    """
+    preparing, testing = (
+        [native * per_native + working * per_working + fixed for native, working in voxels]
+        for per_native, per_working, fixed in (PREPARING_BYTES, TESTING_BYTES)
+    )
+    taken = [(r["peak"] - base) / p for r, p in zip(reports, preparing, strict=False)]
+    prepared = max(preparing) * max(taken, default=1) * max(worker_count(cfg), 1)
+    return base + max(prepared, step, max(testing))
+
+
+def tell_needs(voxels, reports, base, step, cfg):
+    """Print what the run takes of disk and memory at most, and what is free; warn of too little.
+
+    Raises:
+        ValueError: the cache will not find room, as the first cases show.
+    """
+    disk, folder = estimate_cache(voxels, reports), cache_folder(cfg)
+    memory = estimate_memory(voxels, reports, base, step, cfg)
+    left = free_disk(folder) + sum(report.get("cache_bytes", 0) for report in reports)
+    free = free_memory() + base
+    log.info(
+        "%-15s %s of disk for the cache (%s free), %s of memory (%s free)",
+        *(f"After {len(reports)} scans" if reports else "Needs at most", size_words(disk)),
+        *(size_words(left), size_words(memory), size_words(free)),
+    )
+    if memory > free:
+        log.warning("Warning: memory may run out. %s", OUT_OF_MEMORY)
+    if disk > left and reports:
+        told = f"{folder}: expected {size_words(disk)} of disk, {size_words(left)} are free"
+        raise ValueError(f"{told}; free some, or choose another folder with --cache-dir")
 
 
 def log_grids(reports, cfg):
@@ -862,6 +1204,10 @@ def log_grids(reports, cfg):
         numbers = f"{np.mean(dices):.3f} ({min(dices):.3f} to {max(dices):.3f})"
         log.info("Round trip      %s: native Dice of masks to the working grid and back", numbers)
     usual = np.clip(np.median(spacings, axis=0), *LIMITS["PIX_DIM"])
+    for report, ratio in zip(reports, spacings / usual, strict=True):
+        if max(ratio.max(), 1 / ratio.min()) > 1.5:
+            words = f"{spacing_words(report['native_spacing'])}, far from {spacing_words(usual)}"
+            log.warning("Warning: %s has voxels of %s", one_line(report["case"]["image"]), words)
     if (np.array(cfg.PIX_DIM) > 1.01 * usual).any():
         log.warning(
             "Warning: the working grid is coarser than the scans, %.1f times in voxel volume. What "
@@ -891,17 +1237,29 @@ def keep_with_pvs(reports, cfg):
     return kept
 
 
-def prepare_cases(cases, cfg, keep_empty=False):
+def prepare_cases(cases, cfg, step=0, keep_empty=False):
     """Check every voxel of all cases and cache them, in one pass; return those with PVS, or all.
 
+    What that and the rest of the run take is told before, and again after the first cases; `step`:
+    bytes of a training step in this memory.
+
     Raises:
-        ValueError: lists everything that is wrong with the files; or no mask has PVS.
+        ValueError: lists everything that is wrong with the files; or no mask has PVS; or the disk
+            is too small for the cache.
         OSError: the cache cannot be written.
     """
+    needs = {"voxels": [count_voxels(case, cfg) for case in cases], "base": resident_memory()}
+    needs |= {"step": step, "cfg": cfg, "reports": []}
+    tell_needs(**needs)
     prepare = functools.partial(prepare_case, cfg=cfg)
     # Each case is a batch of its own; collate_fn runs in the workers.
-    loader = DataLoader(cases, batch_size=None, collate_fn=prepare, num_workers=worker_count(cfg))
-    reports = list(Progress(loader, "checking and caching"))
+    workers = {"num_workers": worker_count(cfg), "worker_init_fn": leave_signals_to_the_run}
+    loader = DataLoader(cases, batch_size=None, collate_fn=prepare, **workers)
+    for report in Progress(loader, "checking and caching"):
+        needs["reports"].append(report)
+        if len(needs["reports"]) == FIRST_CASES < len(cases):
+            tell_needs(**needs)
+    reports = needs["reports"]
     raise_problems(
         [problem for report in reports for problem in report["problems"]],
         "Mend these files (a mask lies on its scan's grid) or move them away.",
@@ -909,7 +1267,7 @@ def prepare_cases(cases, cfg, keep_empty=False):
     for failure in filter(None, (report["failure"] for report in reports)):
         raise OSError(f"{failure}\nFree space, or choose another folder with --cache-dir.")
     for warning in (warning for report in reports for warning in report["warnings"]):
-        log.warning("Warning: %s", warning)
+        log.warning("Warning: %s", one_line(warning))
     problems, cases, first = [], [report["case"] for report in reports], {}
     for case in cases:
         other = first.setdefault(case["sha256"], case)
@@ -962,6 +1320,7 @@ def build_train_loader(cases, cfg, device):
         collate_fn=list_data_collate,
         pin_memory=device.type == "cuda",
         persistent_workers=cfg.NUM_WORKERS > 0,
+        worker_init_fn=leave_signals_to_the_run,
         generator=torch.Generator(),  # so that it draws nothing from the model's random numbers
     )
 
@@ -1020,9 +1379,6 @@ def encoder_weights_file(cfg):
     return path
 
 
-UNPICKLE_ERRORS = (pickle.UnpicklingError, struct.error)  # of torch.load on damaged files
-
-
 def load_encoder_weights(encoder, path):
     """Load a 2D EfficientNet's state dict into the 3D encoder.
 
@@ -1036,7 +1392,7 @@ def load_encoder_weights(encoder, path):
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         state["_conv_stem.weight"] = state["_conv_stem.weight"].sum(1, keepdim=True)
         encoder.load_state_dict(state)
-    except (*READ_ERRORS, RuntimeError, LookupError, AttributeError, *UNPICKLE_ERRORS) as error:
+    except TORCH_ERRORS as error:
         reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise ValueError(
             f"{path}: expected the state dict of a 2D EfficientNet as ENCODER_NAME says; it is "
@@ -1247,7 +1603,7 @@ def read_checkpoint(path):
     except FileNotFoundError:
         expected = "expected a checkpoint; train first, or name one with --checkpoint"
         raise ValueError(f"{path}: no such file, {expected}") from None
-    except (*READ_ERRORS, RuntimeError, LookupError, AttributeError, *UNPICKLE_ERRORS) as error:
+    except TORCH_ERRORS as error:
         reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise ValueError(
             f"{path}: expected a checkpoint of this script, damaged or of another ({reason})"
@@ -1327,18 +1683,20 @@ def restore_config(content, cfg, given):
 # ---------------------------------------------------------------------------------------- Training
 
 
-def check_finite(loss, epoch, names):
-    """Return the loss as a number.
+def check_finite(value, what, epoch, names):
+    """Return a loss, or another number of the training, as a Python number.
 
     Raises:
         FloatingPointError: it is not finite; names the cases of the batch.
     """
-    if not math.isfinite(loss.item()):
+    if not math.isfinite(value):
+        where = f"in epoch {epoch} with {', '.join(sorted(set(names)))}"
         raise FloatingPointError(
-            f"the loss became {loss.item()} in epoch {epoch} with {', '.join(sorted(set(names)))}. "
-            "Nothing was saved from it. Look at these scans; lower LR, or use --no-amp."
+            f"the {what} became {float(value)} {where}. Nothing was saved from it, the checkpoints "
+            "are those of the epoch before. Look at these scans, or start anew (--overwrite) with "
+            "a lower --lr or --no-amp."
         )
-    return loss.item()
+    return float(value)
 
 
 def train_one_epoch(model, loader, optimizer, scaler, cfg):
@@ -1360,25 +1718,37 @@ def train_one_epoch(model, loader, optimizer, scaler, cfg):
         with autocast(device, cfg):
             logits = model(image)
         loss = loss_function(logits.float(), label)
-        losses.append(check_finite(loss, epoch, batch["name"]))
+        losses.append(check_finite(loss.detach(), "loss", epoch, batch["name"]))
         group_start = step - step % cfg.ACCUMULATE_STEPS
         group = min(cfg.ACCUMULATE_STEPS, len(loader) - group_start)
         scaler.scale(loss / group).backward()
         if step + 1 == group_start + group:
-            update_weights(model, optimizer, scaler, cfg)
+            norm = update_weights(model, optimizer, scaler, cfg)
+            check_finite(norm, "gradient", epoch, batch["name"])
         pred, true = logits.detach() > 0, label > 0
         counts += torch.stack([(pred & true).sum(), pred.sum() + true.sum()])
     hits, both = counts.tolist()
     return float(np.mean(losses)), 2 * hits / max(both, 1)
 
 
+LEAST_SCALE = 1e-4  # of float16's gradients: halved that often, they are not too large but broken
+
+
 def update_weights(model, optimizer, scaler, cfg):
-    """Make one optimizer step with the gradients at hand, clipped, and clear them."""
+    """Make one optimizer step with the gradients at hand, clipped, and clear them.
+
+    Returns:
+        their norm; where float16's scaler passed over a step since they were too large for it, 0,
+        or NaN if that has collapsed its scale
+    """
     scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    if scaler.is_enabled() and not norm.isfinite():
+        return math.nan if scaler.get_scale() < LEAST_SCALE else 0.0
+    return norm
 
 
 def validate(model, cases, cfg, epoch):
@@ -1392,7 +1762,7 @@ def validate(model, cases, cfg, epoch):
         entry = load_cached(case)
         logits, label = predict_logits(model, entry["image"], cfg).cpu(), entry["label"][None]
         loss = loss_function(logits, label.float())
-        losses.append(check_finite(loss, epoch, [case["name"]]))
+        losses.append(check_finite(loss, "validation loss", epoch, [case["name"]]))
         dices.append(calculate_metrics(logits > 0, label)["dice"])
     return float(np.mean(losses)), float(np.mean(dices))
 
@@ -2083,9 +2453,41 @@ def make_demo_data(folder, seed):
 # -------------------------------------------------------------------------------------------- Main
 
 
+class RunLog(logging.FileHandler):
+    """The log file of a run, and a lock that keeps other runs out of the output folder.
+
+    It is held as long as this process lives: workers that outlive it do not inherit it.
+    """
+
+    def __init__(self, folder, name):
+        self.folder_lock = open(folder / ".lock", "a")  # noqa: SIM115, closed by `close`
+        try:
+            fcntl.lockf(self.folder_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            super().__init__(folder / f"{name}.log", encoding="utf-8", errors="backslashreplace")
+        except OSError:
+            self.folder_lock.close()
+            raise
+
+    def handleError(self, record):
+        """End the run where the log cannot be written, as with every other file."""
+        self.setLevel(logging.CRITICAL + 1)  # it takes no more messages
+        reason = explain(sys.exc_info()[1])
+        raise OSError(f"{self.baseFilename}: cannot be written ({reason})") from None
+
+    def close(self):
+        """Close the file and give the folder free."""
+        with suppress(OSError):  # told by handleError
+            super().close()
+        self.folder_lock.close()
+
+
 @contextmanager
 def logging_to_screen():
     """Show messages on stdout, errors on stderr; `open_output_folder` adds a file."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # of a notebook, which prints all letters
+            stream.reconfigure(errors="backslashreplace")
+    logging.raiseExceptions = False  # a screen that is gone ends no run
     screen, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     screen.addFilter(lambda record: record.levelno < logging.ERROR)
     errors.setLevel(logging.ERROR)
@@ -2101,9 +2503,33 @@ def logging_to_screen():
             handler.close()
 
 
-RESULTS = (  # below the output folder
-    "checkpoints/best_model.pth",
+@contextmanager
+def stopping_on_signals():
+    """Let SIGINT and SIGTERM end the run at the next Python instruction, a second one at once.
+
+    That is after the step or window in hand, and also while data are loaded or cached.
+    """
+
+    def stop(number, _):
+        received_signals.append(number)
+        if len(received_signals) > 1:
+            for child in multiprocessing.active_children():
+                child.kill()
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    received_signals.clear()
+    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+RESULTS = (  # below the output folder, in the order in which --overwrite gives them up
     "checkpoints/last.pth",
+    "checkpoints/best_model.pth",
     "logs/training_history.json",
     "logs/comprehensive_test_metrics.json",
     "logs/test_metrics.csv",
@@ -2136,17 +2562,28 @@ def open_output_folder(cfg, name, replaceable):
         )
     try:
         (out / "logs").mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(out / "logs" / f"{name}.log", encoding="utf-8")
-        # Held while the file is open, by this process alone: forked workers do not inherit it.
-        fcntl.lockf(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        log.addHandler(RunLog(out / "logs", name))
     except BlockingIOError:
         told = "another run works in this folder; wait for it, or choose another with --output-dir"
         raise ValueError(f"{out}: {told}") from None
     except OSError as error:
         raise ValueError(f"OUTPUT_DIR: expected a folder to write to ({error})") from None
-    log.addHandler(handler)
-    for path in out.rglob(".writing-*"):  # left by runs that were killed
-        path.unlink()
+    remove_half_files(cfg)
+
+
+def remove_half_files(cfg):
+    """Remove what runs that were killed left half written in the folder that this run has locked.
+
+    In a cache other runs may be writing too, which takes seconds: what is an hour old is left over.
+    """
+    out, hour = Path(cfg.OUTPUT_DIR), 3600  # seconds
+    found = [*out.glob(".writing-*"), *(out / "predictions").rglob(".writing-*")]
+    for folder in ("checkpoints", "logs", "multi_plane"):
+        found += (out / folder).glob(".writing-*")
+    cached = cache_folder(cfg).glob(".writing-*")
+    found += [path for path in cached if time.time() - path.stat().st_mtime > hour]
+    for path in found:
+        path.unlink(missing_ok=True)
 
 
 def log_settings(cfg, title, everything=False):
@@ -2171,14 +2608,32 @@ def log_plan(cfg, model, scans):
     log.info("Output folder   %s", Path(cfg.OUTPUT_DIR).resolve())
 
 
+def read_again(case):
+    """Return the scan and the bool mask (X, Y, Z) of a case that was checked before.
+
+    Raises:
+        OSError: a file is not what it was then; names it.
+    """
+    volumes = []
+    for key, known in zip(BOTH, ("sha256", "label_sha256"), strict=True):
+        try:
+            volume, _ = read_volume(case[key])
+        except ValueError as error:
+            raise OSError(str(error)) from None
+        if hash_voxels(volume) != case[known]:
+            raise OSError(f"{case[key]}: has other voxels than when the run began")
+        volumes.append(np.asarray(volume[0]))
+    return volumes[0], volumes[1] > 0
+
+
 def evaluate(model, cases, cfg):
     """Test prepared cases on both grids, write predictions, scores, figures; return status 0."""
     out, rows, slices = Path(cfg.OUTPUT_DIR), [], []
     write_description(cases, cfg)
     for case in Progress(cases, "testing"):
         entry = load_cached(case)
-        image, label = (np.asarray(read_volume(case[key])[0]) for key in BOTH)
-        affine, label = entry["native_affine"].numpy(), label > 0
+        image, label = read_again(case)
+        affine = entry["native_affine"].numpy()
         working_prob, prob = predict_case(model, entry, cfg)
         pred = write_prediction(case, prob, cfg)
         rows.append(score_case(case, entry, working_prob > THRESHOLD, pred, label))
@@ -2236,10 +2691,13 @@ def predict_scans(model, cases, cfg):
     write_description(cases, cfg)
     for case in Progress(cases, "predicting"):
         try:
-            image = read_volume(case["image"])
+            image, cautions = read_volume(case["image"])
+            check_scan(case["image"], image)
         except ValueError as error:
             problems.append(str(error))
             continue
+        for caution in cautions:
+            log.warning("Warning: %s", one_line(caution))
         entry = to_working_grid({"image": image}, cfg)
         prob, affine = predict_case(model, entry, cfg)[1], entry["native_affine"].numpy()
         pred = write_prediction(case, prob, cfg)
@@ -2257,12 +2715,6 @@ def predict_scans(model, cases, cfg):
     for problem in problems:
         log.error("Not segmented: %s", problem)
     return 1 if problems else 0
-
-
-OUT_OF_MEMORY = (
-    "To need less: --sw-batch-size 1; in training also --batch-size 1 --accumulate-steps 2 (the "
-    "recipe's step in two halves), or smaller --crops-per-volume or --img-patch-size."
-)
 
 
 def check_data_folder(cfg):
@@ -2286,7 +2738,11 @@ def set_up_training(cfg, options):
         make_demo_data(cfg.DATA_DIR, cfg.SEED)
     cases = find_cases(cfg)
     model = build_model(replace(cfg, ENCODER_WEIGHTS="none") if options.resume else cfg)
-    split = split_cases(prepare_cases(cases, cfg), cfg)
+    step = step_memory(model, cfg)
+    if choose_device(cfg).type == "cuda":
+        log.info("GPU memory      %s for a step without autocast, estimated", size_words(step))
+        step = 0
+    split = split_cases(prepare_cases(cases, cfg, step), cfg)
     last = read_last(cfg, split) if options.resume else None
     log.info("Data            %s", data_set_name(cfg))
     log_plan(cfg, model, ", ".join(f"{len(part)} {name}" for name, part in split.items()))
@@ -2374,29 +2830,62 @@ def set_up_trained(cfg, options):
     return functools.partial(evaluate, model, cases, cfg)
 
 
+def tell_way_on(cfg, options, begun):
+    """Return what to do after a run that ended before its work was done."""
+    if not begun:
+        return "Nothing had begun: start the same command again."
+    if options.evaluate or options.predict:
+        return "Start the same command again, with --overwrite where results are kept."
+    if Path(cfg.OUTPUT_DIR, "checkpoints", "last.pth").exists():
+        return "Go on with the same command and --resume."
+    return "No epoch was finished: start the same command again, with --overwrite."
+
+
+def tell_failure(error, way_on, begun):
+    """Print in a line or two why the run ended and what to do; return the exit status.
+
+    Raises:
+        the error, where it is no user's mistake, machine's failure or signal, but the script's
+    """
+    if received_signals or isinstance(error, KeyboardInterrupt):
+        number = received_signals[0] if received_signals else signal.SIGINT
+        log.error("Interrupted (%s). %s", signal.Signals(number).name, way_on)
+        return 128 + number
+    if isinstance(error, ValueError | FileNotFoundError):
+        if begun:
+            raise error
+        log.error("Error: %s", error)
+        return 2
+    if isinstance(error, FloatingPointError):
+        log.error("Error: %s", error)
+    elif isinstance(error, OSError):  # a worker's own holds its traceback
+        log.error("Error: %s\n%s", str(error).strip().rsplit("\nOSError: ", 1)[-1], way_on)
+    elif "DataLoader worker (pid" in str(error):
+        told = "a worker process was killed, most likely since memory, or /dev/shm, ran out"
+        log.error("Error: %s.\nFirst lower --num-workers. %s\n%s", told, OUT_OF_MEMORY, way_on)
+    elif isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
+        told = str(error).strip().split("\n")[0]
+        log.error("Error: memory ran out (%s).\n%s\n%s", told, OUT_OF_MEMORY, way_on)
+    else:
+        raise error
+    return 1
+
+
+FAILURES = (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError, KeyboardInterrupt)
+NO_MEMORY = "out of memory|not enough memory|allocate memory"  # in RuntimeErrors of torch
+
+
 def main(argv=None):
     """Run the pipeline that the command line asks for; return the exit status."""
-    with logging_to_screen():
-        work = None
+    with logging_to_screen(), stopping_on_signals():
+        cfg = options = work = None
         try:
             cfg, options = parse_command_line(argv)
             trained = options.evaluate or options.predict
             work = (set_up_trained if trained else set_up_training)(cfg, options)
             return work()
-        except (ValueError, FileNotFoundError) as error:
-            if work:  # no mistake of the user's but of the script
-                raise
-            log.error("Error: %s", error)
-            return 2
-        except torch.OutOfMemoryError as error:
-            log.error("Error: %s\n%s", error, OUT_OF_MEMORY)
-            return 1
-        except (FloatingPointError, OSError) as error:
-            log.error("Error: %s", error)
-            return 1
-        except KeyboardInterrupt:
-            log.error("Interrupted; what was finished is kept. Training goes on with --resume.")
-            return 130
+        except FAILURES as error:
+            return tell_failure(error, tell_way_on(cfg, options, work), begun=work)
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def test_native_probability_is_0_outside_the_box_of_the_head(tiny_config, tmp_pa
     image[10:20, 10:20, 10:20] = 400
     path = save_nifti(tmp_path / "sub-1_T2w.nii", image)
     cfg = tiny_config(AMP=False)
-    entry = train_pvs.to_working_grid({"image": train_pvs.read_volume(path)}, cfg)
+    entry = train_pvs.to_working_grid({"image": train_pvs.read_volume(path)[0]}, cfg)
     model = Pointwise()
     model.forward = lambda image: 10 * image + 5
     working, native = train_pvs.predict_case(model, entry, cfg)
@@ -221,7 +221,7 @@ def test_prediction_marks_the_very_voxels_that_are_bright_in_the_scan(grid, case
     image, label = make_scan(shape)
     cfg = tiny_config(PIX_DIM=pix_dim, AMP=False, INTENSITY_PERCENTILES=(0, 100))
     case = case_of(affine, image, label)
-    entry = train_pvs.to_working_grid({"image": train_pvs.read_volume(case["image"])}, cfg)
+    entry = train_pvs.to_working_grid({"image": train_pvs.read_volume(case["image"])[0]}, cfg)
     _, prob = train_pvs.predict_case(Pointwise(), entry, cfg)
     assert np.array_equal(prob > 0.5, label > 0)
 

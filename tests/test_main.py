@@ -26,9 +26,9 @@ README = SCRIPT.with_name("README.md")
 
 
 def snapshot(folder):
-    """Return the content of every file below a folder, the log's and the cache's apart."""
+    """Return the content of every file below a folder, the log's, lock's and cache's apart."""
     files = (p for p in Path(folder).rglob("*") if p.is_file() and p.parent.name != "cache")
-    return {p: p.read_bytes() for p in files if p.name != "train.log"}
+    return {p: p.read_bytes() for p in files if p.name not in ("train.log", ".lock")}
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_results_are_not_overwritten(finished, run):
     before = snapshot(finished.out)
     status, _, err = run(data=finished.data, out=finished.out)
     assert status == 2
-    assert str(finished.out / "checkpoints" / "best_model.pth") in err
+    assert str(finished.out / "checkpoints" / "last.pth") in err
     assert "--overwrite" in err
     assert snapshot(finished.out) == before
 
@@ -249,8 +249,9 @@ def test_failures_end_in_a_line_and_a_status(error, expected, data, run, monkeyp
     monkeypatch.setattr(train_pvs, "train_and_test", fail)
     status, _, err = run()
     assert status == expected
-    assert err.startswith("Interrupted" if expected == 130 else "Error: no space left\n")
-    assert len(err.splitlines()) == 1
+    way_on = "No epoch was finished: start the same command again, with --overwrite."
+    told = f"Interrupted (SIGINT). {way_on}\n" if expected == 130 else f"no space left\n{way_on}\n"
+    assert err.removeprefix("Error: ") == told
 
 
 def run_script(*flags, folder):

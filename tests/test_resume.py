@@ -60,8 +60,8 @@ def test_interrupted_run_becomes_the_same(name, call, when, expected, data, run,
         interrupt(patch, name, call, when)
         status, _, err = run(*FLAGS)
     assert status == 130
-    assert "--resume" in err
     begun = (tmp_path / "out" / "checkpoints" / "last.pth").exists()
+    assert ("and --resume" if begun else "with --overwrite") in err
     status, out, err = run(*FLAGS, *(["--resume"] if begun else ["--overwrite"]))
     assert status in (0, 1), err
     assert ("Resumed         after epoch" in out) == begun
@@ -133,8 +133,8 @@ def test_other_settings_are_refused_each_by_name(begun):
 def test_other_scans_masks_and_splits_are_refused_each_by_name(begun, data, tmp_path):
     split = json.loads((tmp_path / "out" / "logs" / "split.json").read_text())
     scan, mask = split["train"]
-    rng = np.random.default_rng(0)
-    save_nifti(image_path(data, scan), rng.integers(100, 500, (24, 28, 20)).astype(np.int16))
+    make_subject(tmp_path / "other", "sub-001", seed=9)
+    image_path(data, scan).write_bytes(image_path(tmp_path / "other", "sub-001").read_bytes())
     label = np.zeros((24, 28, 20), np.int16)
     label[10:12, 10:12, 5:15] = 1
     save_nifti(label_path(data, mask), label)
@@ -165,13 +165,13 @@ def test_second_run_in_one_folder_is_refused_while_the_first_lives(data, run, pl
     (out / "logs").mkdir(parents=True)
     command = [sys.executable, "-c", f"{hold}; print('held', flush=True); sys.stdin.read()"]
     with subprocess.Popen(
-        [*command, str(out / "logs" / "train.log")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [*command, str(out / "logs" / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as first:
         assert first.stdout.readline() == b"held\n"
         status, _, err = run()
         assert status == 2
         assert f"{out}: another run works in this folder" in err
-        assert (out / "logs" / "train.log").read_text() == ""
+        assert not (out / "logs" / "train.log").exists()
         first.kill()
     (out / "predictions" / ".writing-1-mask.nii.gz").parent.mkdir()
     (out / "predictions" / ".writing-1-mask.nii.gz").write_text("half a file")

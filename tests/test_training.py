@@ -196,7 +196,9 @@ def test_loss_that_is_not_finite_ends_the_run_and_names_the_case(
     sampler = train_pvs.EpochSampler(len(subjects), 123)
     sampler.epoch = epoch
     order = [subjects[number] for _, number in sampler]
-    assert f"the loss became nan in epoch {epoch} with {order[(call - 1) % 3 % len(order)]}." in err
+    kind = "validation loss" if part == "val" else "loss"
+    case = order[(call - 1) % 3 % len(order)]
+    assert f"the {kind} became nan in epoch {epoch} with {case}." in err
     best = tmp_path / "out" / "checkpoints" / "best_model.pth"
     assert best.exists() == (epoch == 2)
     if best.exists():
