@@ -37,6 +37,7 @@ import signal
 import stat
 import struct
 import sys
+import textwrap
 import time
 import warnings
 import zlib
@@ -67,6 +68,7 @@ with warnings.catch_warnings():  # its timm 0.9.7 imports what is deprecated
 matplotlib.use("Agg")  # figures go to files; no screen is needed
 import matplotlib.pyplot as plt
 
+matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
 # MONAI 1.6 warns of an argument that it passes itself.
 warnings.filterwarnings("ignore", ".*always_return_as_numpy.*", FutureWarning)
 log = logging.getLogger("train_pvs")
@@ -412,9 +414,14 @@ def free_disk(path):
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
+def count_words(count, what):
+    """Return a number of things as text, 1 scan, 2 scans."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def size_words(count):
     """Return a number of bytes as text, 1.5 GB."""
-    for unit, size in {"GB": 1e9, "MB": 1e6}.items():
+    for unit, size in {"GB": 1e9, "MB": 1e6, "kB": 1e3}.items():
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} B"
@@ -522,7 +529,7 @@ def one_line(text):
 def raise_problems(problems, remedy):
     """Raise one ValueError that lists all problems and ends with what to do; none, no error."""
     if problems:
-        title = f"{len(problems)} problem{'s' * (len(problems) > 1)} in the data:"
+        title = f"{count_words(len(problems), 'problem')} in the data:"
         lines = [title, *map(one_line, problems)]
         raise ValueError("\n  ".join(lines) + f"\n{remedy} Nothing was done.")
 
@@ -594,6 +601,8 @@ def find_scans(words, cfg):
     paths, problems = [], []
     for word in words:
         found = [Path(word)] if word.endswith(NIFTI) and Path(word).is_file() else []
+        if Path(word).resolve() == Path(cfg.OUTPUT_DIR).resolve():
+            problems.append(f"{word}: expected another folder than OUTPUT_DIR")
         if Path(word).is_dir():
             found = find_files(word, cfg.IMAGE_GLOB)
             if not found:
@@ -649,7 +658,8 @@ def explain(error):
     """Return why a file cannot be read, in a line."""
     if isinstance(error, FileNotFoundError):
         return "there is none, or it is a link to none; with DataLad: datalad get"
-    return one_line(getattr(error, "strerror", None) or error)[:200]
+    told = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return one_line(told)[:200]
 
 
 def read_header(path):
@@ -1090,6 +1100,7 @@ def prepare_case(case, cfg):
     report = {"problems": problems, "warnings": cautions, "failure": ""}
     if not problems:
         try:
+            check_size(case, cfg)
             case = case | {"cache": str(cache_path(case, cfg))}
             entry = cache_entry(case, cfg)
         except ValueError as error:
@@ -1126,6 +1137,14 @@ def count_voxels(case, cfg):
     sides = ras_spacing(volume.affine) * np.array(shape)[order]
     working = np.maximum(np.ceil(sides / cfg.PIX_DIM) + 1, cfg.IMG_PATCH_SIZE)
     return math.prod(shape), math.prod(working.astype(int).tolist())
+
+
+def check_size(case, cfg):
+    """Raise a ValueError, which names the file, where the working grid would be immense."""
+    voxels = count_voxels(case, cfg)[1]
+    if voxels > LARGEST_VOLUME:
+        expected = f"expected a scan of at most {LARGEST_VOLUME} voxels on the working grid"
+        raise ValueError(f"{case['image']}: {expected} (PIX_DIM), got {voxels}")
 
 
 def step_memory(model, cfg):
@@ -1212,7 +1231,8 @@ def log_grids(reports, cfg):
         log.warning(
             "Warning: the working grid is coarser than the scans, %.1f times in voxel volume. What "
             "that costs thin PVS is told by Round trip; training with --pix-dim %s avoids it.",
-            *(np.prod(cfg.PIX_DIM) / np.prod(usual), " ".join(f"{mm:g}" for mm in usual)),
+            np.maximum(cfg.PIX_DIM / usual, 1).prod(),  # where finer elsewhere, nothing is gained
+            " ".join(f"{mm:g}" for mm in usual),
         )
 
 
@@ -1422,7 +1442,8 @@ loss_function = DiceCELoss(
 METRICS = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
 EMPTY_MASKS = (  # so that neither a missed nor an invented finding drops out of a mean
     "Ground truth and prediction both empty: dice, iou, precision, recall, sensitivity, f1 and nsd "
-    "are 1, hd95 is 0. One of them empty: these are 0, hd95 is the diagonal of the scan. "
+    "are 1, hd95 is 0. One of them empty: these are 0, hd95 is the diagonal of the scan. A ground "
+    "truth that is empty on the working grid only counts as missed there: 0. "
     "Round trip and error in percent of an empty ground truth are undefined (null)."
 )
 
@@ -1866,11 +1887,12 @@ def describe_grid(cfg):
 
 def data_set_name(cfg):
     """Return the name that the data set gives itself; simulated data is called so by it."""
-    try:
-        path = Path(cfg.DATA_DIR) / "dataset_description.json"
-        return str(json.loads(path.read_text(encoding="utf-8"))["Name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return Path(cfg.DATA_DIR).resolve().name
+    path = Path(cfg.DATA_DIR) / "dataset_description.json"
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        if path.is_file():
+            name = json.loads(path.read_text(encoding="utf-8"))["Name"]
+            return one_line(" ".join(str(name).split()))[:200]
+    return one_line(Path(cfg.DATA_DIR).resolve().name)
 
 
 def score_case(case, entry, working_pred, pred, label):
@@ -1882,6 +1904,8 @@ def score_case(case, entry, working_pred, pred, label):
     affine, working_label = entry["native_affine"].numpy(), entry["label"][0].numpy() > 0
     row = {"name": case["name"], "subject": case["subject"]}
     row |= calculate_metrics(working_pred, working_label)
+    if label.any() and not working_label.any():
+        row |= dict.fromkeys(METRICS, 0.0)
     row["working_label_voxels"] = int(working_label.sum())
     row["working_pred_voxels"] = int(working_pred.sum())
     row |= {f"native_{name}": score for name, score in calculate_metrics(pred, label).items()}
@@ -1925,11 +1949,13 @@ def summarise(rows, key, seed):
     if len(scans_of) > 1:
         sums = np.array([sum(values) for values in scans_of.values()], dtype=float)
         counts = np.array([len(values) for values in scans_of.values()], dtype=float)
-        # BCa, but for values that are all equal, which leave it undefined.
-        method = "BCa" if np.ptp(known) > 1e-12 else "percentile"
         settings = {"paired": True, "rng": np.random.default_rng(seed), **RESAMPLES}
-        result = stats.bootstrap((sums, counts), mean_of_scans, method=method, **settings)
-        interval = [float(limit) for limit in result.confidence_interval]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of subjects whose means are all equal
+            result = stats.bootstrap((sums, counts), mean_of_scans, method="BCa", **settings)
+        interval = list(map(float, result.confidence_interval))
+        if not np.isfinite(interval).all():
+            interval = np.percentile(result.bootstrap_distribution, (2.5, 97.5)).tolist()
     numbers = [None] * 5
     if known:
         numbers = [np.mean(known), np.std(known), *np.percentile(known, (50, 25, 75))]
@@ -2015,8 +2041,11 @@ def aggregate(rows, cfg):
     }
 
 
-def write_test_metrics(folder, rows, model, cfg):
-    """Write the scores of all test cases, with their origin, as JSON and CSV; return the blocks."""
+def write_test_metrics(folder, rows, weights, model, cfg):
+    """Write the scores of all test cases, with their origin, as JSON and CSV; return the blocks.
+
+    `weights`: {"file", "epoch", "val_dice"} of the checkpoint.
+    """
     content = {"data_set": data_set_name(cfg), "grid": describe_grid(cfg), "n": len(rows)}
     for name in METRICS:  # as published
         values = [row[name] for row in rows]
@@ -2025,6 +2054,7 @@ def write_test_metrics(folder, rows, model, cfg):
     blocks = aggregate(rows, cfg)
     content |= {"empty_masks": EMPTY_MASKS, **blocks, "subjects": rows}
     content |= {"config": asdict(cfg), "versions": package_versions()}
+    content["checkpoint"] = weights
     content["device"] = str(next(model.parameters()).device)
     content["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     write_json(Path(folder) / "comprehensive_test_metrics.json", content)
@@ -2052,7 +2082,7 @@ TEST_TABLE = {  # the columns of the printed table: title, block and name in it,
 
 def log_test_table(rows, blocks, cfg):
     """Print a row a case, then mean, SD and the mean's confidence interval, then the burden."""
-    log.info("\nTest scores of %d scans, %s", len(rows), data_set_name(cfg))
+    log.info("\nTest scores of %s, %s", count_words(len(rows), "scan"), data_set_name(cfg))
     log.info(
         "Dice, IoU, precision, recall: %s; the others: native grid of each scan", describe_grid(cfg)
     )
@@ -2183,6 +2213,8 @@ def display_image(image, affine):
 
 def write_figure(path, figure, title):
     """Give the figure its title, write it as a 300-DPI picture and close it."""
+    letters = int(12 * figure.get_figwidth())  # that fit into a line
+    title = "\n".join(textwrap.fill(line, letters) for line in title.splitlines())
     figure.suptitle(title, color="black" if figure.get_facecolor()[0] else "white", size=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=Path(path).suffix[1:], dpi=300)
@@ -2222,7 +2254,8 @@ def draw_case(case, image, affine, masks, title, cfg):
     axis = PLANES["axial"]
     index = busiest_slice([*masks.values()], axis)
     cuts = {name: display_slice(mask, axis, index).copy() for name, mask in masks.items()}
-    return display_slice(image, axis, index).copy(), cuts, spacing
+    place = f"slice {index + 1} of {image.shape[axis]} from {COUNTED_FROM['axial']}"
+    return display_slice(image, axis, index).copy(), cuts, spacing, place
 
 
 def describe_scores(row, affine, cfg):
@@ -2244,18 +2277,19 @@ def describe_scores(row, affine, cfg):
 def draw_test_grid(path, rows, slices, cfg, most=10):
     """Draw the axial slice with the most PVS of every test case, a row each.
 
-    `slices`: a case's (image, masks, spacing) as `draw_row` takes them. Of more than `most` cases
-    those are drawn that are evenly spread from worst to best native Dice.
+    `slices`: a case's (image, masks, spacing) as `draw_row` takes them, and which slice it is. Of
+    more than `most` cases those are drawn that are evenly spread from worst to best native Dice.
     """
     ranked = sorted(range(len(rows)), key=lambda number: rows[number]["native_dice"])
     spread = np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(int)
     size = {"figsize": (9, 0.8 + 3.4 * len(spread)), "layout": "constrained", "facecolor": "black"}
     figure, axes = plt.subplots(len(spread), 3, squeeze=False, **size)
     for line, number in zip(axes, (ranked[place] for place in spread), strict=True):
-        row, (image, masks, spacing) = rows[number], slices[number]
-        told = f"prediction, Dice of the volume {row['native_dice']:.3f}"
-        draw_row(line, image, masks, (row["name"], "ground truth", told), "axial", spacing)
-    shown = f"{len(spread)} of {len(rows)} test cases, worst to best; native grid"
+        row, (image, masks, spacing, place) = rows[number], slices[number]
+        told = f"prediction, Dice {row['native_dice']:.3f}"
+        titles = (f"{row['name']}, {place}", "ground truth", told)
+        draw_row(line, image, masks, titles, "axial", spacing)
+    shown = f"{len(spread)} of {count_words(len(rows), 'test case')}, worst to best; native grid"
     write_figure(path, figure, f"{data_set_name(cfg)}\n{shown}")
 
 
@@ -2290,8 +2324,9 @@ def draw_agreement(path, rows, burden, cfg):
             ax.grid(alpha=0.3)
             if ax.get_legend_handles_labels()[1]:
                 ax.legend()
+    tested = count_words(len(rows), "test case")
     few = "" if len(rows) >= 3 else "; fewer than 3, no statistics"
-    write_figure(path, figure, f"{data_set_name(cfg)}\n{len(rows)} test cases, native grid{few}")
+    write_figure(path, figure, f"{data_set_name(cfg)}\n{tested}, native grid{few}")
 
 
 def draw_training_curves(path, history, cfg):
@@ -2626,8 +2661,17 @@ def read_again(case):
     return volumes[0], volumes[1] > 0
 
 
-def evaluate(model, cases, cfg):
-    """Test prepared cases on both grids, write predictions, scores, figures; return status 0."""
+def describe_weights(content, path):
+    """Return {"file", "epoch", "val_dice"} of a checkpoint's content."""
+    row = content["history_row"]
+    return {"file": str(path), "epoch": row["epoch"], "val_dice": row["val_dice"]}
+
+
+def evaluate(model, cases, weights, cfg):
+    """Test prepared cases on both grids, write predictions, scores, figures; return status 0.
+
+    `weights`: which they are, as `describe_weights` tells.
+    """
     out, rows, slices = Path(cfg.OUTPUT_DIR), [], []
     write_description(cases, cfg)
     for case in Progress(cases, "testing"):
@@ -2640,7 +2684,7 @@ def evaluate(model, cases, cfg):
         masks = {"ground truth": label, "prediction": pred}
         title = describe_scores(rows[-1], affine, cfg)
         slices.append(draw_case(case, image, affine, masks, title, cfg))
-    blocks = write_test_metrics(out / "logs", rows, model, cfg)
+    blocks = write_test_metrics(out / "logs", rows, weights, model, cfg)
     draw_test_grid(out / "test_set_visualization_grid_300dpi.jpg", rows, slices, cfg)
     draw_agreement(out / "agreement.jpg", rows, blocks["burden"], cfg)
     history = out / "logs" / "training_history.json"
@@ -2669,10 +2713,10 @@ def train_and_test(model, split, cfg, last=None):
     fit(model, cfg, split, last)
     content = read_checkpoint(best_path)
     load_weights(model, content, best_path)
-    best = content["history_row"]
+    best = describe_weights(content, best_path)
     told = "Best validation Dice %.4f on the working grid, in epoch %d"
     log.info(told, best["val_dice"], best["epoch"])
-    evaluate(model, split["test"], cfg)
+    evaluate(model, split["test"], best, cfg)
     if best["val_dice"] > 0:
         return 0
     log.error("No PVS were learned: the validation Dice never left 0. %s", NOTHING_LEARNED)
@@ -2693,6 +2737,7 @@ def predict_scans(model, cases, cfg):
         try:
             image, cautions = read_volume(case["image"])
             check_scan(case["image"], image)
+            check_size(case, cfg)
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -2815,9 +2860,9 @@ def set_up_trained(cfg, options):
     for old in [] if in_place else find_results(cfg):  # which --overwrite gives up
         old.unlink()
     log_settings(cfg, f"{command}, checkpoint {path}")
-    best = content["history_row"]
+    weights = describe_weights(content, path)
     told = "epoch %d, validation Dice %.4f on the working grid"
-    log.info(f"Weights         {told}", best["epoch"], best["val_dice"])
+    log.info(f"Weights         {told}", weights["epoch"], weights["val_dice"])
     if options.predict:
         log_plan(cfg, model, f"{len(cases)} to segment")
         return functools.partial(predict_scans, model, cases, cfg)
@@ -2827,7 +2872,7 @@ def set_up_trained(cfg, options):
         raise ValueError(f"{cfg.DATA_DIR}: expected the scans of the run, found only others")
     log.info("Data            %s", data_set_name(cfg))
     log_plan(cfg, model, f"{len(cases)} {'of the test split' if own else 'of an external test'}")
-    return functools.partial(evaluate, model, cases, cfg)
+    return functools.partial(evaluate, model, cases, weights, cfg)
 
 
 def tell_way_on(cfg, options, begun):

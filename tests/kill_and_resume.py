@@ -49,6 +49,7 @@ def outcome(out):
         content.pop("date", None)
         for name in ("DATA_DIR", "OUTPUT_DIR", "CACHE_DIR", "NUM_WORKERS", "EPOCHS"):
             del content["config"][name]
+    del metrics["checkpoint"]["file"]
     masks = sorted((out / "predictions").rglob("*.nii.gz"))
     table = (logs / "test_metrics.csv").read_text()
     return [history, metrics, table, digest(last), digest(best), [m.read_bytes() for m in masks]]

@@ -5,6 +5,7 @@ import json
 import math
 
 import matplotlib.pyplot as plt
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -119,6 +120,12 @@ def test_correlations_and_intervals_agree_with_independent_ones(shift):
     assert train_pvs.agreement(label, pred, seed=5) == result
 
 
+def test_subjects_of_equal_means_have_an_interval_of_no_width():
+    values = {"a": (3, 5), "b": (4, 4)}  # both means are 4, the scans differ
+    rows = [{"subject": name, "score": x} for name, scans in values.items() for x in scans]
+    assert train_pvs.summarise(rows, "score", seed=0)["ci95"] == [4, 4]
+
+
 def test_correlations_have_an_interval_from_ten_cases_on():
     label = np.arange(10.0)
     result = train_pvs.agreement(label, label**2, seed=0)
@@ -167,6 +174,7 @@ def test_agreement_of_two_constant_sides_is_undefined(constant):
 
 # Voxels of 0.5 x 2 x 3 mm, 3 mm3, turned by 30 degrees about the third axis, the first flipped.
 AFFINE = np.eye(4)
+WEIGHTS = {"file": "best_model.pth", "epoch": 3, "val_dice": 0.5}
 AFFINE[:3, :3] = [
     [-0.5 * math.cos(math.pi / 6), -2 * math.sin(math.pi / 6), 0],
     [-0.5 * math.sin(math.pi / 6), 2 * math.cos(math.pi / 6), 0],
@@ -188,6 +196,72 @@ def make_masks():
     label[0:3, 0, 0] = label[6, 4, 3] = True
     pred[1:6, 0, 0] = True
     return label, pred
+
+
+def test_pvs_that_the_working_grid_has_lost_count_as_missed_there():
+    label = np.zeros((8, 5, 4), bool)
+    label[2, 2, 2] = True
+    case, nothing = {"name": "sub-1", "subject": "sub-1", "image": "scan.nii"}, np.zeros((2, 2, 2))
+    row = train_pvs.score_case(case, make_entry(nothing), nothing > 0, label & False, label)
+    assert [row[name] for name in train_pvs.METRICS] == [0, 0, 0, 0]
+    assert row["native_dice"] == 0
+    row = train_pvs.score_case(case, make_entry(nothing), nothing > 0, label & False, label & False)
+    assert (row["dice"], row["native_dice"]) == (1, 1)
+
+
+def test_missed_subject_makes_the_mean_hd95_worse():
+    affine = np.diag([0.8, 0.8, 0.8, 1])
+    label = np.zeros((30, 30, 30), bool)
+    label[5:8, 5, 5] = label[20:22, 9, 9] = True
+    found, some = np.roll(label, 1, 0), label.copy()
+    some[20:22] = False
+    means = []
+    for pred in (some, label & False):
+        rows = [
+            train_pvs.calculate_boundary_metrics(p, label, nib.affines.voxel_sizes(affine))
+            | {"subject": subject}
+            for subject, p in {"sub-1": found, "sub-2": pred}.items()
+        ]
+        means.append(train_pvs.summarise(rows, "hd95_mm", seed=0)["mean"])
+    # Missed: (0.8 + the diagonal 0.8 * 30 * sqrt(3)) / 2.
+    assert means[1] == pytest.approx((0.8 + 0.8 * 30 * 3**0.5) / 2)
+    assert means[0] < means[1]
+
+
+def report_of(spacing):
+    return {
+        "native_spacing": spacing,
+        "roundtrip_dice": 1.0,
+        "native_voxels": 5,
+        "case": {"image": f"scan-{spacing[2]}.nii"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("pix_dim", "factor"),
+    [
+        ((1.5, 1.5, 1.5), "6.6"),  # (1.5 / 0.8)**3
+        ((0.8, 0.8, 0.8), None),
+        ((0.4, 0.4, 1.6), "2.0"),  # 1.6 / 0.8 where it is coarser; finer elsewhere gives nothing
+    ],
+)
+def test_coarser_working_grid_is_told_with_its_factor(pix_dim, factor, tiny_config, messages):
+    train_pvs.log_grids([report_of([0.8, 0.8, 0.8])], tiny_config(PIX_DIM=pix_dim))
+    assert ("coarser than the scans" in messages.text) == (factor is not None)
+    if factor:
+        assert f"scans, {factor} times in voxel volume" in messages.text
+        assert "--pix-dim 0.8 0.8 0.8" in messages.text
+
+
+def test_spacing_far_from_the_others_is_told(tiny_config, messages):
+    reports = [report_of(spacing) for spacing in ([1, 1, 1], [1, 1, 1.4], [1, 1, 1], [1, 1, 1.6])]
+    train_pvs.log_grids(reports, tiny_config(PIX_DIM=(1, 1, 1)))
+    told = "Warning: scan-1.6.nii has voxels of 1 x 1 x 1.6 mm, far from 1 x 1 x 1 mm"
+    assert told not in messages.text  # 1.33 times the median of 1.2
+    reports += [report_of([1, 1, 1])] * 2
+    train_pvs.log_grids(reports, tiny_config(PIX_DIM=(1, 1, 1)))
+    assert told in messages.text
+    assert "scan-1.4.nii" not in messages.text
 
 
 def test_scores_of_a_hand_worked_case():
@@ -285,7 +359,9 @@ def refuse(word):
 def written(rows, tiny_config, tmp_path):
     """Return the JSON that the rows give, and the CSV as a list of dicts of text."""
     model = torch.nn.Linear(1, 1)
-    blocks = train_pvs.write_test_metrics(tmp_path / "logs", rows, model, tiny_config(SEED=9))
+    blocks = train_pvs.write_test_metrics(
+        tmp_path / "logs", rows, WEIGHTS, model, tiny_config(SEED=9)
+    )
     text = (tmp_path / "logs" / "comprehensive_test_metrics.json").read_text()
     content = json.loads(text, parse_constant=refuse)
     assert {key: content[key] for key in blocks} == blocks
@@ -379,7 +455,7 @@ def test_table_has_a_row_a_case_and_empty_cells_where_undefined(written, rows):
 
 
 def test_one_case_is_written_without_intervals(rows, tiny_config, tmp_path):
-    train_pvs.write_test_metrics(tmp_path, rows[:1], torch.nn.Linear(1, 1), tiny_config())
+    train_pvs.write_test_metrics(tmp_path, rows[:1], WEIGHTS, torch.nn.Linear(1, 1), tiny_config())
     text = (tmp_path / "comprehensive_test_metrics.json").read_text()
     content = json.loads(text, parse_constant=refuse)
     assert content["native"]["dice"]["ci95"] is None

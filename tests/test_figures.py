@@ -165,9 +165,23 @@ def test_title_of_a_test_case_holds_subject_scores_burden_grids_and_origin(cfg):
         assert words in title
 
 
+def test_long_titles_are_broken_to_the_width_of_the_figure_and_no_mathtext(tmp_path):
+    figure, ax = plt.subplots(figsize=(4, 3), layout="constrained")
+    ax.set_axis_off()
+    title = "native grid, 0.8 x 0.8 x 0.8 mm; predicted on the working grid\ncosts $\\frac$"
+    train_pvs.write_figure(tmp_path / "figure.png", figure, title)
+    lines = figure.get_suptitle().split("\n")
+    assert max(map(len, lines)) <= 48
+    assert " ".join(lines) == title.replace("\n", " ")
+    ink = np.asarray(Image.open(tmp_path / "figure.png").convert("L")) < 128
+    assert ink.any()
+    assert not ink[:, :20].any()
+    assert not ink[:, -20:].any()
+
+
 def axial_slices():
     image, masks = make_volumes()
-    return image[..., 2], {name: mask[..., 2] for name, mask in masks.items()}, (1, 1, 1)
+    return image[..., 2], {name: mask[..., 2] for name, mask in masks.items()}, (1, 1, 1), "slice 3"
 
 
 def test_grid_of_one_test_case_has_300_dpi_and_its_colours_in_their_panels(tmp_path, cfg):
@@ -204,9 +218,9 @@ def test_grid_shows_up_to_ten_cases_spread_from_worst_to_best_dice(
     ranks = np.random.default_rng(0).permutation(count).tolist()
     rows = [make_row(f"sub-{rank}", native_dice=rank / 20) for rank in ranks]
     train_pvs.draw_test_grid("grid.jpg", rows, count * [axial_slices()], cfg)
-    assert [name for name, *_ in drawn] == [f"sub-{rank}" for rank in expected]
+    assert [words[0] for words in drawn] == [f"sub-{rank}, slice 3" for rank in expected]
     assert [words[2] for words in drawn] == [
-        f"prediction, Dice of the volume {rank / 20:.3f}" for rank in expected
+        f"prediction, Dice {rank / 20:.3f}" for rank in expected
     ]
     assert titles[0][1] == 3 * len(expected)
     assert f"{len(expected)} of {count} test cases" in titles[0][0]

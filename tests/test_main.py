@@ -108,6 +108,7 @@ def test_metrics_file_holds_the_documented_keys(finished):
         "subjects",
         "config",
         "versions",
+        "checkpoint",
         "device",
         "date",
     }
@@ -137,7 +138,7 @@ def test_published_standard_deviations_are_those_of_the_cases_themselves(
     # Dice 0.2 and 0.6: mean 0.4, each 0.2 off it; an estimate for all people would say 0.283.
     scores = [dict.fromkeys(("dice", "iou", "precision", "recall"), dice) for dice in (0.2, 0.6)]
     rows = [row | new for row, new in zip(finished.metrics["subjects"], scores, strict=True)]
-    train_pvs.write_test_metrics(tmp_path, rows, nn.Conv3d(1, 1, 1), tiny_config())
+    train_pvs.write_test_metrics(tmp_path, rows, {}, nn.Conv3d(1, 1, 1), tiny_config())
     metrics = json.loads((tmp_path / "comprehensive_test_metrics.json").read_text())
     for name in ("dice", "iou", "precision", "recall"):
         assert metrics[f"{name}_mean"] == pytest.approx(0.4)
@@ -281,6 +282,7 @@ def test_script_with_wrong_settings_exits_with_2_and_no_traceback(tmp_path):
 def small_head(rng):
     """Stand in for `simulate_head`: noise with one bright tube."""
     image, mask = rng.normal(400, 10, (20, 20, 20)), np.zeros((20, 20, 20), np.int16)
+    image[:3] = image[-3:] = 0
     mask[9:11, 9:11, 5:15] = 1
     return (image + 400 * mask).astype(np.int16), mask.astype(np.uint8)
 

@@ -436,6 +436,8 @@ def test_evaluation_gives_the_scores_and_files_of_the_test_again(copy, finished)
     # The one setting that is not the checkpoint's and is other here: this copy's folder.
     assert got["config"].pop("OUTPUT_DIR") == str(copy.out)
     assert expected["config"].pop("OUTPUT_DIR") == str(finished.out)
+    weights = [content["checkpoint"].pop("file") for content in (got, expected)]
+    assert weights == [str(o / "checkpoints" / "best_model.pth") for o in (copy.out, finished.out)]
     assert got == expected
     after = snapshot(copy.out)
     assert set(before) <= set(after)
@@ -529,6 +531,18 @@ def test_external_data_set_is_scored_with_all_its_labelled_subjects(external, ev
     assert tiny["roundtrip_dice"] == 0
     assert got["native"]["dice"]["n"] == 3
     assert got["dice_mean"] == pytest.approx(np.mean([row["dice"] for row in rows.values()]))
+
+
+def test_predicting_into_the_folder_of_the_scans_is_refused(finished, tmp_path):
+    scan = tmp_path / "bids" / "sub-01" / "anat" / "sub-01_T2w.nii.gz"
+    scan.parent.mkdir(parents=True)
+    scan.write_bytes(image_path(finished.data, "sub-001").read_bytes())
+    bids = tmp_path / "bids"
+    flags = ("--checkpoint", finished.checkpoint, "--output-dir", bids, *MACHINE)
+    status, _, err = call("--predict", bids, *flags)
+    assert status == 2
+    assert f"{bids}: expected another folder than OUTPUT_DIR" in err
+    assert [p for p in bids.rglob("*") if p.is_file()] == [scan]
 
 
 def test_external_evaluation_has_a_folder_of_its_own_in_the_run(copy, external):
