@@ -196,7 +196,7 @@ def build_parser():
     """Return the command line: a flag for each command, and one for each field of `Config`."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        epilog="Exit status: 0 done, 1 failed or nothing learned, 2 wrong input, 130 interrupted.",
+        epilog="Exit status: 0 done, 1 failed or learned nothing, 2 wrong input, 130, 143 stopped.",
         allow_abbrev=False,
     )
     command = parser.add_mutually_exclusive_group()
@@ -2320,6 +2320,7 @@ def draw_agreement(path, rows, burden, cfg):
             line[1].axhline(high, color="C1", ls="--")
         line[1].set(title="Bland-Altman", xlabel=f"mean of both, {words}")
         line[1].set(ylabel=f"prediction - ground truth, {words}")
+        line[1].margins(y=0.3)  # room for the legend
         for ax in line:
             ax.grid(alpha=0.3)
             if ax.get_legend_handles_labels()[1]:
@@ -2752,7 +2753,7 @@ def predict_scans(model, cases, cfg):
         write_csv(out / "logs" / "participants_pvs.csv", rows)
         spacing = spacing_words(ras_spacing(affine))
         told = f"{case['name']}: {burden['count']} PVS, {burden['volume_ml']:.3f} ml predicted"
-        title = f"{told}\nnative grid, {spacing}; predicted on the {describe_grid(cfg)}"
+        title = f"{told}\nnative grid, {spacing}\npredicted on the {describe_grid(cfg)}"
         draw_case(case, np.asarray(image[0]), affine, {"prediction": pred}, title, cfg)
     for row in rows:
         log.info("%s: %d PVS, %.3f ml", row["name"], row["count"], row["volume_ml"])
