@@ -7,10 +7,10 @@
     python train_pvs.py --evaluate       test and draw again from the best weights
     python train_pvs.py --predict SCAN   segment new scans, files or BIDS folders
 
-The file reads in the order of a run: Config > Data > Transforms > Model > Loss and metrics >
-Inference > Checkpoints > Training > Evaluation > Figures > Demo data > Main. Two grids occur: the
-*native grid* of a scan file, and the *working grid* (RAS, `PIX_DIM`, cropped to the head) on which
-the network lives. Every score names its grid.
+The file reads in the order of a run: Config > Machine > Screen and files > Data > Transforms >
+Model > Loss and metrics > Inference > Checkpoints > Training > Evaluation > Figures > Demo data >
+Main. Two grids occur: the *native grid* of a scan file, and the *working grid* (RAS, `PIX_DIM`,
+cropped to the head) on which the network lives. Every score names its grid.
 """
 
 import argparse
@@ -315,16 +315,13 @@ def device_works(name):
     return True
 
 
+# ----------------------------------------------------------------------------------------- Machine
+
+
 def choose_device(cfg):
     """Return the torch device of the run."""
     fastest = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(fastest if cfg.DEVICE == "auto" else cfg.DEVICE)
-
-
-def leave_signals_to_the_run(_):
-    """Let a worker pass over Ctrl-C, which a terminal sends to all its processes; obey SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def worker_count(cfg):
@@ -348,7 +345,106 @@ def autocast(device, cfg):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+MEMORY_FILES = (  # of a control group, version 2 and 1: limit, use, and where the page cache stands
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file"),
+)
+
+
+def peak_memory():
+    """Return the most memory that this process has had, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_memory():
+    """Return the memory that this process has now, bytes."""
+    pages = int((PROC / "self" / "statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def free_memory():
+    """Return the bytes of memory that are free: the host's, or the container's where it has fewer.
+
+    Of both versions of Linux's control groups; their page cache counts as free. Without a limit
+    where there is no Linux.
+    """
+    if not (PROC / "meminfo").exists():
+        return math.inf
+    lines = (PROC / "meminfo").read_text().splitlines()
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    for line in (PROC / "self" / "cgroup").read_text().splitlines():
+        kinds, name = line.split(":", 2)[1:]
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top, files = CONTROL_GROUPS / ("memory" if kinds else ""), MEMORY_FILES[bool(kinds)]
+        inner = top / name.strip("/")
+        for group in (inner, *inner.parents):
+            with suppress(OSError, ValueError, StopIteration):  # no limit: the word max, or no file
+                limit, used, counts = ((group / file).read_text() for file in files[:3])
+                cached = next(x for x in counts.splitlines() if x.startswith(files[3] + " "))
+                free.append(int(limit) - int(used) + int(cached.split()[1]))
+    return min(free, default=math.inf)
+
+
+OUT_OF_MEMORY = (
+    "To need less: --sw-batch-size 1; in training also --batch-size 1 --accumulate-steps 2 (the "
+    "recipe's step in two halves), or smaller --crops-per-volume or --img-patch-size."
+)
+
+
 received_signals = []  # that end the run, see `stopping_on_signals`
+
+
+@contextmanager
+def stopping_on_signals():
+    """Let SIGINT and SIGTERM end the run at the next Python instruction, a second one at once.
+
+    That is after the step or window in hand, and also while data are loaded or cached.
+    """
+
+    def stop(number, _):
+        received_signals.append(number)
+        if len(received_signals) > 1:
+            for child in multiprocessing.active_children():
+                child.kill()
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    received_signals.clear()
+    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def leave_signals_to_the_run(_):
+    """Let a worker pass over Ctrl-C, which a terminal sends to all its processes; obey SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# -------------------------------------------------------------------------------- Screen and files
+
+
+def count_words(count, what):
+    """Return a number of things as text, 1 scan, 2 scans."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def size_words(count):
+    """Return a number of bytes as text, 1.5 GB."""
+    for unit, size in {"GB": 1e9, "MB": 1e6, "kB": 1e3}.items():
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def one_line(text):
+    """Return a text with escapes for what cannot be printed: file names may hold line ends."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 class Progress(tqdm):
@@ -414,19 +510,6 @@ def free_disk(path):
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
-def count_words(count, what):
-    """Return a number of things as text, 1 scan, 2 scans."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def size_words(count):
-    """Return a number of bytes as text, 1.5 GB."""
-    for unit, size in {"GB": 1e9, "MB": 1e6, "kB": 1e3}.items():
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
-
-
 def json_text(content):
     """Return JSON; a NaN, for which JSON has no word, is an error here and not the reader's."""
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
@@ -442,54 +525,6 @@ def write_torch(path, content):
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_file(path, buffer.getbuffer())
-
-
-OUT_OF_MEMORY = (
-    "To need less: --sw-batch-size 1; in training also --batch-size 1 --accumulate-steps 2 (the "
-    "recipe's step in two halves), or smaller --crops-per-volume or --img-patch-size."
-)
-
-
-def peak_memory():
-    """Return the most memory that this process has had, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def resident_memory():
-    """Return the memory that this process has now, bytes."""
-    pages = int((PROC / "self" / "statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-PROC, CONTROL_GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-MEMORY_FILES = (  # of a control group, version 2 and 1: limit, use, and where the page cache stands
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file"),
-)
-
-
-def free_memory():
-    """Return the bytes of memory that are free: the host's, or the container's where it has fewer.
-
-    Of both versions of Linux's control groups; their page cache counts as free. Without a limit
-    where there is no Linux.
-    """
-    if not (PROC / "meminfo").exists():
-        return math.inf
-    lines = (PROC / "meminfo").read_text().splitlines()
-    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    for line in (PROC / "self" / "cgroup").read_text().splitlines():
-        kinds, name = line.split(":", 2)[1:]
-        if kinds and "memory" not in kinds.split(","):
-            continue
-        top, files = CONTROL_GROUPS / ("memory" if kinds else ""), MEMORY_FILES[bool(kinds)]
-        inner = top / name.strip("/")
-        for group in (inner, *inner.parents):
-            with suppress(OSError, ValueError, StopIteration):  # no limit: the word max, or no file
-                limit, used, stat = ((group / file).read_text() for file in files[:3])
-                cached = next(x for x in stat.splitlines() if x.startswith(files[3] + " "))
-                free.append(int(limit) - int(used) + int(cached.split()[1]))
-    return min(free, default=math.inf)
 
 
 # -------------------------------------------------------------------------------------------- Data
@@ -519,11 +554,6 @@ def name_case(path):
     words = {key: re.sub("[^0-9A-Za-z]", "", found[key]) for key in order}
     name = "_".join(f"{key}-{word}" for key, word in words.items() if word)
     return {"subject": f"sub-{words['sub']}", "name": name, "image": str(path)}
-
-
-def one_line(text):
-    """Return a text with escapes for what cannot be printed: file names may hold line ends."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def raise_problems(problems, remedy):
@@ -1201,13 +1231,10 @@ def tell_needs(voxels, reports, base, step, cfg):
     disk, folder = estimate_cache(voxels, reports), cache_folder(cfg)
     memory = estimate_memory(voxels, reports, base, step, cfg)
     left = free_disk(folder) + sum(report.get("cache_bytes", 0) for report in reports)
-    free = free_memory() + base
-    log.info(
-        "%-15s %s of disk for the cache (%s free), %s of memory (%s free)",
-        *(f"After {len(reports)} scans" if reports else "Needs at most", size_words(disk)),
-        *(size_words(left), size_words(memory), size_words(free)),
-    )
-    if memory > free:
+    when, free = f"After {len(reports)} scans" if reports else "Needs at most", free_memory()
+    sizes = map(size_words, (disk, left, memory, free))
+    log.info("%-15s %s of disk (%s free) for the cache, %s of memory (%s free)", when, *sizes)
+    if memory - base > free:
         log.warning("Warning: memory may run out. %s", OUT_OF_MEMORY)
     if disk > left and reports:
         told = f"{folder}: expected {size_words(disk)} of disk, {size_words(left)} are free"
@@ -2537,30 +2564,6 @@ def logging_to_screen():
         for handler in log.handlers[:]:
             log.removeHandler(handler)
             handler.close()
-
-
-@contextmanager
-def stopping_on_signals():
-    """Let SIGINT and SIGTERM end the run at the next Python instruction, a second one at once.
-
-    That is after the step or window in hand, and also while data are loaded or cached.
-    """
-
-    def stop(number, _):
-        received_signals.append(number)
-        if len(received_signals) > 1:
-            for child in multiprocessing.active_children():
-                child.kill()
-            os._exit(128 + number)
-        raise KeyboardInterrupt
-
-    received_signals.clear()
-    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 RESULTS = (  # below the output folder, in the order in which --overwrite gives them up
