@@ -1202,7 +1202,7 @@ def estimate_cache(voxels, reports):
 
     `voxels`: by case as `count_voxels` has them.
     """
-    bounds = [CACHE_BYTES * working + 4 * BACKGROUND_SAMPLE for _, working in voxels]
+    bounds = [CACHE_BYTES * n + 4 * min(n, BACKGROUND_SAMPLE) for _, n in voxels]
     taken = [report.get("cache_bytes", 0) for report in reports]
     return sum(bounds) * (sum(taken) / sum(bounds[: len(taken)]) if any(taken) else 1)
 
