@@ -43,7 +43,7 @@ import warnings
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import matplotlib
@@ -57,6 +57,7 @@ from monai.losses import DiceCELoss
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage, stats
 from sklearn.model_selection import train_test_split
+from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
@@ -254,6 +255,8 @@ def parse_command_line(argv):
     settings |= options.given
     if options.checkpoint and not (options.evaluate or options.predict):
         problems.append("--checkpoint: expected together with --evaluate or --predict")
+    if options.predict and process_number("WORLD_SIZE") > 1:
+        problems.append("--predict: works in one process; start it without torchrun")
     if options.demo:
         if "DATA_DIR" in settings:
             problems.append("DATA_DIR: --demo makes its data; for your own use --recipe demo")
@@ -318,15 +321,73 @@ def device_works(name):
 # ----------------------------------------------------------------------------------------- Machine
 
 
+def process_number(name):
+    """Return RANK, WORLD_SIZE or their LOCAL_ ones (of this computer) as torchrun gives them."""
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else name.endswith("SIZE")
+
+
+def first_process():
+    """Return whether this process writes what is of the whole run; the only one always does."""
+    return process_number("RANK") == 0
+
+
+@contextmanager
+def joined_processes(cfg):
+    """Let the processes that torchrun has started work together, each on a GPU of its own."""
+    if process_number("WORLD_SIZE") == 1:
+        yield
+        return
+    backends = "gloo"
+    if choose_device(cfg).type == "cuda":
+        torch.cuda.set_device(process_number("LOCAL_RANK"))
+        backends = "cpu:gloo,cuda:nccl"
+    # Long, since a process may prepare its scans for hours; one that ends is noticed at once.
+    dist.init_process_group(backends, timeout=timedelta(hours=12))
+    yield
+    dist.destroy_process_group()  # not after an error: other processes may hang
+
+
+def share(items):
+    """Return the part of a list that this process works on: every n-th item."""
+    return items[process_number("RANK") :: process_number("WORLD_SIZE")]
+
+
+def gather(part):
+    """Return the whole list, in its order, of which every process has its `share`."""
+    if process_number("WORLD_SIZE") == 1:
+        return part
+    parts = [None] * process_number("WORLD_SIZE")
+    dist.all_gather_object(parts, part)
+    longest = range(max(map(len, parts)))
+    return [part[i] for i in longest for part in parts if i < len(part)]
+
+
+def wait_for_all():
+    """Return when all processes have come here."""
+    if process_number("WORLD_SIZE") > 1:
+        dist.barrier()
+
+
+@contextmanager
+def first_process_first():
+    """Let the first process go through before the others do the same, and find it done."""
+    if not first_process():
+        wait_for_all()
+    yield
+    if first_process():
+        wait_for_all()
+
+
 def choose_device(cfg):
-    """Return the torch device of the run."""
-    fastest = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(fastest if cfg.DEVICE == "auto" else cfg.DEVICE)
+    """Return the torch device of this process."""
+    if cfg.DEVICE in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", process_number("LOCAL_RANK"))
+    return torch.device("cpu" if cfg.DEVICE == "auto" else cfg.DEVICE)
 
 
 def worker_count(cfg):
-    """Return NUM_WORKERS, but no more than there are processors."""
-    return min(cfg.NUM_WORKERS, os.cpu_count() or 1)
+    """Return NUM_WORKERS, but no more than there are processors for each process."""
+    return min(cfg.NUM_WORKERS, (os.cpu_count() or 1) // process_number("LOCAL_WORLD_SIZE") or 1)
 
 
 def autocast_dtype(device, cfg):
@@ -452,7 +513,8 @@ class Progress(tqdm):
 
     def __init__(self, items, title):
         every = 0.1 if sys.stderr.isatty() else 30  # seconds
-        super().__init__(items, title, leave=False, mininterval=every, maxinterval=every)
+        bar = {"leave": False, "disable": not first_process()}
+        super().__init__(items, title, mininterval=every, maxinterval=every, **bar)
 
     def display(self, msg=None, pos=None):
         """Show the bar, or write it as a line while the work is under way."""
@@ -1301,12 +1363,12 @@ def prepare_cases(cases, cfg, step=0, keep_empty=False):
     prepare = functools.partial(prepare_case, cfg=cfg)
     # Each case is a batch of its own; collate_fn runs in the workers.
     workers = {"num_workers": worker_count(cfg), "worker_init_fn": leave_signals_to_the_run}
-    loader = DataLoader(cases, batch_size=None, collate_fn=prepare, **workers)
+    loader = DataLoader(share(cases), batch_size=None, collate_fn=prepare, **workers)
     for report in Progress(loader, "checking and caching"):
         needs["reports"].append(report)
         if len(needs["reports"]) == FIRST_CASES < len(cases):
             tell_needs(**needs)
-    reports = needs["reports"]
+    reports = gather(needs["reports"])
     raise_problems(
         [problem for report in reports for problem in report["problems"]],
         "Mend these files (a mask lies on its scan's grid) or move them away.",
@@ -1344,17 +1406,21 @@ class TrainingPatches(Dataset):
 
 
 class EpochSampler(Sampler):
-    """Yield (epoch, number) of every training case, in an order drawn from SEED and the epoch."""
+    """Yield (epoch, number) of every training case, in an order drawn from SEED and the epoch.
+
+    Several processes share it out; a few cases come twice where they would not have equally many.
+    """
 
     def __init__(self, count, seed):
         self.count, self.seed, self.epoch = count, seed, 0
 
     def __len__(self):
-        return self.count
+        return math.ceil(self.count / process_number("WORLD_SIZE"))
 
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
-        return ((self.epoch, int(number)) for number in order)
+        order = np.resize(order, len(self) * process_number("WORLD_SIZE"))
+        return ((self.epoch, int(number)) for number in share(order))
 
 
 def build_train_loader(cases, cfg, device):
@@ -1631,6 +1697,7 @@ def save_last(path, training, cfg, split, progress):
     content = {name: part.state_dict() for name, part in training.items()}
     content |= {key: list_hashes(split, key) for key in ("sha256", "label_sha256")}
     content |= {"config": asdict(cfg), "history_row": progress["history"][-1]}
+    content["processes"] = process_number("WORLD_SIZE")
     write_torch(path, content | {"progress": progress, "versions": package_versions()})
 
 
@@ -1665,7 +1732,10 @@ def read_last(cfg, split):
         ValueError: there is none; or settings, scans, masks or the split differ, names each.
     """
     content = read_checkpoint(Path(cfg.OUTPUT_DIR) / "checkpoints" / "last.pth")
-    problems = []
+    problems, processes = [], process_number("WORLD_SIZE")
+    if content.get("processes") != processes:
+        told = f"the run has {content.get('processes')}, now there are {processes}"
+        problems.append(f"processes (torchrun --nproc_per_node): {told}")
     for name, value in asdict(cfg).items():
         trained = content["config"].get(name, getattr(Config, name))
         if name not in NOT_OF_TRAINING and value != trained:
@@ -1759,7 +1829,8 @@ def train_one_epoch(model, loader, optimizer, scaler, cfg):
     model.train()
     device, epoch, losses = next(model.parameters()).device, loader.sampler.epoch, []
     counts = torch.zeros(2, dtype=torch.int64, device=device)  # voxels: hits, found + true
-    torch.manual_seed(np.random.SeedSequence([cfg.SEED, epoch]).generate_state(1)[0].item())
+    seeds = [cfg.SEED, epoch, process_number("RANK")]
+    torch.manual_seed(np.random.SeedSequence(seeds).generate_state(1)[0].item())
     for step, batch in enumerate(Progress(loader, f"epoch {epoch}, training")):
         image = network_input(batch["image"], device, cfg)
         label = batch["label"].to(device, non_blocking=True)
@@ -1775,8 +1846,8 @@ def train_one_epoch(model, loader, optimizer, scaler, cfg):
             check_finite(norm, "gradient", epoch, batch["name"])
         pred, true = logits.detach() > 0, label > 0
         counts += torch.stack([(pred & true).sum(), pred.sum() + true.sum()])
-    hits, both = counts.tolist()
-    return float(np.mean(losses)), 2 * hits / max(both, 1)
+    hits, both = (sum(numbers) for numbers in zip(*gather([counts.tolist()]), strict=True))
+    return float(np.mean(gather(losses))), 2 * hits / max(both, 1)
 
 
 LEAST_SCALE = 1e-4  # of float16's gradients: halved that often, they are not too large but broken
@@ -1806,19 +1877,35 @@ def validate(model, cases, cfg, epoch):
         FloatingPointError: a loss is not finite.
     """
     losses, dices = [], []
-    for case in Progress(cases, f"epoch {epoch}, validation"):
+    for case in Progress(share(cases), f"epoch {epoch}, validation"):
         entry = load_cached(case)
         logits, label = predict_logits(model, entry["image"], cfg).cpu(), entry["label"][None]
         loss = loss_function(logits, label.float())
         losses.append(check_finite(loss, "validation loss", epoch, [case["name"]]))
         dices.append(calculate_metrics(logits > 0, label)["dice"])
-    return float(np.mean(losses)), float(np.mean(dices))
+    return float(np.mean(gather(losses))), float(np.mean(gather(dices)))
 
 
 NOTHING_LEARNED = (
     "See whether the masks fit the scans, "
     "then try --head-bias-log-odds --batchnorm-momentum 0.1 or a lower --lr."
 )
+
+
+def share_gradients(model):
+    """Return the model whose backward pass averages the gradients of all processes.
+
+    Of BatchNorm on CUDA the statistics are those of all processes' patches; on CPUs, where that
+    does not exist, those of the first process count.
+    """
+    if process_number("WORLD_SIZE") == 1:
+        return model
+    device = next(model.parameters()).device
+    # Some layers of the encoder have no part in the output and get no gradient.
+    settings = {"find_unused_parameters": True}
+    if device.type == "cuda":
+        settings["device_ids"] = [device.index]
+    return nn.parallel.DistributedDataParallel(model, **settings)
 
 
 def build_training(model, cfg):
@@ -1846,10 +1933,11 @@ def fit(model, cfg, split, last=None):
         the history: a dict an epoch with epoch, train_loss, train_dice, val_loss and val_dice
         (None where not validated), lr, seconds
     """
-    device, out = next(model.parameters()).device, Path(cfg.OUTPUT_DIR)
+    device = next(model.parameters()).device
     loader = build_train_loader(split["train"], cfg, device)
     training = build_training(model, cfg)
     _, optimizer, plateau, scaler = training.values()
+    parallel = share_gradients(model)
     progress = {"best_dice": -1.0, "waited": 0, "history": []}
     if last:
         progress = last["progress"]
@@ -1861,8 +1949,10 @@ def fit(model, cfg, split, last=None):
         start, row = time.perf_counter(), {"epoch": epoch, "val_loss": None, "val_dice": None}
         row["lr"] = optimizer.param_groups[0]["lr"]
         row["train_loss"], row["train_dice"] = train_one_epoch(
-            model, loader, optimizer, scaler, cfg
+            parallel, loader, optimizer, scaler, cfg
         )
+        for buffer in model.buffers() if parallel is not model else ():
+            dist.broadcast(buffer, 0)  # BatchNorm's statistics, as the checkpoint will have them
         if epoch in (1, cfg.EPOCHS) or epoch % cfg.VAL_EVERY == 0:
             row["val_loss"], row["val_dice"] = validate(model, split["val"], cfg, epoch)
             plateau.step(row["val_loss"])
@@ -1872,13 +1962,22 @@ def fit(model, cfg, split, last=None):
         improved = row["val_dice"] is not None and row["val_dice"] > progress["best_dice"]
         if improved:
             progress |= {"best_dice": row["val_dice"], "waited": 0}
-            save_checkpoint(out / "checkpoints" / "best_model.pth", model, cfg, split, row)
-        save_last(out / "checkpoints" / "last.pth", training, cfg, split, progress)
-        write_json(out / "logs" / "training_history.json", history)
+        if first_process():
+            save_epoch(training, cfg, split, progress, improved)
         log_epoch(history, improved, cfg)
         if epoch == 50 and progress["best_dice"] == 0:
             log.warning("Warning: validation Dice is still 0; going on. %s", NOTHING_LEARNED)
     return history
+
+
+def save_epoch(training, cfg, split, progress, improved):
+    """Write the checkpoints and the history after an epoch, the best weights if they are."""
+    out, history = Path(cfg.OUTPUT_DIR), progress["history"]
+    if improved:
+        best = out / "checkpoints" / "best_model.pth"
+        save_checkpoint(best, training["model"], cfg, split, history[-1])
+    save_last(out / "checkpoints" / "last.pth", training, cfg, split, progress)
+    write_json(out / "logs" / "training_history.json", history)
 
 
 def stops_early(progress, cfg):
@@ -2554,7 +2653,7 @@ def logging_to_screen():
     screen, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     screen.addFilter(lambda record: record.levelno < logging.ERROR)
     errors.setLevel(logging.ERROR)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if first_process() else logging.ERROR)
     log.propagate = False
     log.addHandler(screen)
     log.addHandler(errors)
@@ -2593,6 +2692,8 @@ def open_output_folder(cfg, name, replaceable):
         ValueError: it holds results that nothing says may be replaced; or another run works there.
     """
     found, out = find_results(cfg), Path(cfg.OUTPUT_DIR)
+    if not first_process():
+        return
     if found and not replaceable:
         raise ValueError(
             f"{found[0]}: there are results in the output folder already.\n"
@@ -2677,8 +2778,7 @@ def evaluate(model, cases, weights, cfg):
     `weights`: which they are, as `describe_weights` tells.
     """
     out, rows, slices = Path(cfg.OUTPUT_DIR), [], []
-    write_description(cases, cfg)
-    for case in Progress(cases, "testing"):
+    for case in Progress(share(cases), "testing"):
         entry = load_cached(case)
         image, label = read_again(case)
         affine = entry["native_affine"].numpy()
@@ -2688,6 +2788,10 @@ def evaluate(model, cases, weights, cfg):
         masks = {"ground truth": label, "prediction": pred}
         title = describe_scores(rows[-1], affine, cfg)
         slices.append(draw_case(case, image, affine, masks, title, cfg))
+    rows, slices = gather(rows), gather(slices)
+    if not first_process():
+        return 0
+    write_description(cases, cfg)
     blocks = write_test_metrics(out / "logs", rows, weights, model, cfg)
     draw_test_grid(out / "test_set_visualization_grid_300dpi.jpg", rows, slices, cfg)
     draw_agreement(out / "agreement.jpg", rows, blocks["burden"], cfg)
@@ -2707,14 +2811,18 @@ def train_and_test(model, split, cfg, last=None):
         the exit status
     """
     out, best_path = Path(cfg.OUTPUT_DIR), Path(cfg.OUTPUT_DIR) / "checkpoints" / "best_model.pth"
-    for path in [] if last else find_results(cfg):  # which --overwrite gives up
+    for path in find_results(cfg) if first_process() and not last else ():  # --overwrite
         path.unlink()
     subjects = {part: sorted({c["subject"] for c in cases}) for part, cases in split.items()}
-    write_json(out / "logs" / "split.json", subjects)
+    if first_process():
+        write_json(out / "logs" / "split.json", subjects)
     model.to(choose_device(cfg))
     if cfg.HEAD_BIAS_LOG_ODDS:
         start_at_log_odds(model, split["train"], cfg)
+    if process_number("WORLD_SIZE") > 1 and choose_device(cfg).type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     fit(model, cfg, split, last)
+    wait_for_all()  # the first has written the weights
     content = read_checkpoint(best_path)
     load_weights(model, content, best_path)
     best = describe_weights(content, best_path)
@@ -2723,7 +2831,8 @@ def train_and_test(model, split, cfg, last=None):
     evaluate(model, split["test"], best, cfg)
     if best["val_dice"] > 0:
         return 0
-    log.error("No PVS were learned: the validation Dice never left 0. %s", NOTHING_LEARNED)
+    if first_process():
+        log.error("No PVS were learned: the validation Dice never left 0. %s", NOTHING_LEARNED)
     return 1
 
 
@@ -2781,12 +2890,13 @@ def set_up_training(cfg, options):
     begun = Path(cfg.OUTPUT_DIR, "checkpoints", "last.pth")
     if options.resume and not begun.exists():
         raise ValueError(f"{begun}: no such file, nothing to resume; start without --resume")
-    open_output_folder(cfg, "train", replaceable)
-    log_settings(cfg, f"recipe {options.recipe}", everything=options.check)
-    if options.demo:
-        make_demo_data(cfg.DATA_DIR, cfg.SEED)
+    with first_process_first():
+        open_output_folder(cfg, "train", replaceable)
+        log_settings(cfg, f"recipe {options.recipe}", everything=options.check)
+        if options.demo:
+            make_demo_data(cfg.DATA_DIR, cfg.SEED)
+        model = build_model(replace(cfg, ENCODER_WEIGHTS="none") if options.resume else cfg)
     cases = find_cases(cfg)
-    model = build_model(replace(cfg, ENCODER_WEIGHTS="none") if options.resume else cfg)
     step = step_memory(model, cfg)
     if choose_device(cfg).type == "cuda":
         log.info("GPU memory      %s for a step without autocast, estimated", size_words(step))
@@ -2860,8 +2970,9 @@ def set_up_trained(cfg, options):
     model = build_model(replace(cfg, ENCODER_WEIGHTS="none"))
     load_weights(model, content, path)
     model.to(choose_device(cfg))
-    open_output_folder(cfg, command.split("-")[0], options.overwrite or in_place)
-    for old in [] if in_place else find_results(cfg):  # which --overwrite gives up
+    with first_process_first():
+        open_output_folder(cfg, command.split("-")[0], options.overwrite or in_place)
+    for old in [] if in_place or not first_process() else find_results(cfg):  # --overwrite
         old.unlink()
     log_settings(cfg, f"{command}, checkpoint {path}")
     weights = describe_weights(content, path)
@@ -2898,7 +3009,8 @@ def tell_failure(error, way_on, begun):
     """
     if received_signals or isinstance(error, KeyboardInterrupt):
         number = received_signals[0] if received_signals else signal.SIGINT
-        log.error("Interrupted (%s). %s", signal.Signals(number).name, way_on)
+        if first_process():
+            log.error("Interrupted (%s). %s", signal.Signals(number).name, way_on)
         return 128 + number
     if isinstance(error, ValueError | FileNotFoundError):
         if begun:
@@ -2909,6 +3021,8 @@ def tell_failure(error, way_on, begun):
         log.error("Error: %s", error)
     elif isinstance(error, OSError):  # a worker's own holds its traceback
         log.error("Error: %s\n%s", str(error).strip().rsplit("\nOSError: ", 1)[-1], way_on)
+    elif "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
+        log.error("Error: another process of the run has ended.\n%s", way_on)
     elif "DataLoader worker (pid" in str(error):
         told = "a worker process was killed, most likely since memory, or /dev/shm, ran out"
         log.error("Error: %s.\nFirst lower --num-workers. %s\n%s", told, OUT_OF_MEMORY, way_on)
@@ -2931,8 +3045,11 @@ def main(argv=None):
         try:
             cfg, options = parse_command_line(argv)
             trained = options.evaluate or options.predict
-            work = (set_up_trained if trained else set_up_training)(cfg, options)
-            return work()
+            with joined_processes(cfg):
+                work = (set_up_trained if trained else set_up_training)(cfg, options)
+                status = work()
+                wait_for_all()  # torchrun ends all when one has ended with another status than 0
+                return status
         except FAILURES as error:
             return tell_failure(error, tell_way_on(cfg, options, work), begun=work)
 
