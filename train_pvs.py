@@ -6,6 +6,7 @@
     python train_pvs.py --resume         go on after an interruption
     python train_pvs.py --evaluate       test and draw again from the best weights
     python train_pvs.py --predict SCAN   segment new scans, files or BIDS folders
+    torchrun --nproc_per_node=4 train_pvs.py   the same on several GPUs
 
 The file reads in the order of a run: Config > Machine > Screen and files > Data > Transforms >
 Model > Loss and metrics > Inference > Checkpoints > Training > Evaluation > Figures > Demo data >
