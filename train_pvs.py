@@ -41,6 +41,7 @@ import sys
 import textwrap
 import time
 import warnings
+import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -70,6 +71,7 @@ with warnings.catch_warnings():  # its timm 0.9.7 imports what is deprecated
 matplotlib.use("Agg")  # figures go to files; no screen is needed
 import matplotlib.pyplot as plt
 
+nib.imageglobals.logger.setLevel(logging.CRITICAL)  # its remarks name no file
 matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
 # MONAI 1.6 warns of an argument that it passes itself.
 warnings.filterwarnings("ignore", ".*always_return_as_numpy.*", FutureWarning)
@@ -290,12 +292,14 @@ def check_config(cfg):
         expect(name, getattr(cfg, name).strip(), "a value")
     for name in ("IMAGE_GLOB", "LABEL_GLOB"):
         expect(name, not Path(getattr(cfg, name)).is_absolute(), "a pattern below DATA_DIR")
-    expect("SPLIT", not cfg.SPLIT or Path(cfg.SPLIT).is_file(), "a JSON file that exists")
-    apart = Path(cfg.OUTPUT_DIR).resolve() != Path(cfg.DATA_DIR).resolve()
+    expect("SPLIT", not cfg.SPLIT or os.path.isfile(cfg.SPLIT), "a JSON file that exists")
+    apart = os.path.realpath(cfg.OUTPUT_DIR) != os.path.realpath(cfg.DATA_DIR)
     expect("OUTPUT_DIR", apart, "another folder than DATA_DIR")
+    for name in ("OUTPUT_DIR", "CACHE_DIR"):  # torch maps no others into memory
+        expect(name, not re.search("[\ud800-\udfff]", getattr(cfg, name)), "a name in UTF-8")
     known = re.fullmatch("efficientnet-b[0-7]", cfg.ENCODER_NAME)
     expect("ENCODER_NAME", known, "efficientnet-b0 to efficientnet-b7")
-    known = cfg.ENCODER_WEIGHTS in ("imagenet", "none") or Path(cfg.ENCODER_WEIGHTS).is_file()
+    known = cfg.ENCODER_WEIGHTS in ("imagenet", "none") or os.path.isfile(cfg.ENCODER_WEIGHTS)
     expect("ENCODER_WEIGHTS", known, "imagenet, none or a file that exists")
     expect("DEVICE", device_works(cfg.DEVICE), "auto, cpu or a device of this machine")
     if "INTENSITY_PERCENTILES" not in problems:
@@ -308,6 +312,17 @@ def check_config(cfg):
         lone = cfg.CROPS_PER_VOLUME == 1 and set(cfg.IMG_PATCH_SIZE) == {divisor}
         expect("CROPS_PER_VOLUME", not lone, "more than 1 with such small patches (BatchNorm)")
     return list(problems.values())
+
+
+def check_types(cfg):
+    """Return a sentence for each setting of another type than its default's, in a checkpoint."""
+    problems = []
+    for field in fields(Config):
+        value, kind = getattr(cfg, field.name), type(field.default)
+        good = isinstance(value, kind) or kind in (int, float)
+        if not good or (kind is tuple and len(value) != len(field.default)):
+            problems.append(f"{field.name}: expected one like {field.default}, got {value}")
+    return problems
 
 
 def device_works(name):
@@ -447,6 +462,13 @@ def free_memory():
                 cached = next(x for x in counts.splitlines() if x.startswith(files[3] + " "))
                 free.append(int(limit) - int(used) + int(cached.split()[1]))
     return min(free, default=math.inf)
+
+
+def check_zip(path):
+    """Raise BadZipFile where a file of `write_torch` is damaged: torch compares no checksums."""
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip():
+            raise zipfile.BadZipFile("wrong checksum")
 
 
 OUT_OF_MEMORY = (
@@ -635,8 +657,8 @@ def find_files(folder, pattern):
     """
     try:
         found = sorted(Path(folder).glob(pattern))
-    except ValueError as error:
-        raise ValueError(f"{pattern}: expected a pattern for files ({error})") from None
+    except (ValueError, IndexError, OSError, RuntimeError) as error:
+        raise ValueError(f"{pattern}: expected a pattern for files ({explain(error)})") from None
     return [path for path in found if path.name.endswith(NIFTI)]
 
 
@@ -677,11 +699,29 @@ def find_cases(cfg):
             found = " and ".join(map(str, masks))
             problems.append(f"{image}: expected one mask for this scan, found {found}")
         if not masks:
-            log.warning("Warning: left out, no mask: %s", one_line(image))
-    raise_problems(problems, remedy)
-    return [
-        name_case(image) | {"label": str(masks[0])} for image, masks in masks_of.items() if masks
-    ]
+            log.warning("Warning: left out, no mask: %s", image)
+    cases = [name_case(image) | {"label": str(m[0])} for image, m in masks_of.items() if m]
+    raise_problems(problems + check_names(cases), remedy)
+    return cases
+
+
+LONGEST_NAME = 180  # letters; what is written adds some, and file systems take 255
+
+
+def check_names(cases):
+    """Return a sentence for each case of whose name no file can be named, or another's is."""
+    problems, first = [], {}
+    for case in cases:
+        other = first.setdefault(case["name"], case)
+        if not case["subject"].removeprefix("sub-"):
+            problems.append(f"{case['image']}: expected letters or digits in the name")
+        elif len(case["name"]) > LONGEST_NAME:
+            told = f"expected a name of at most {LONGEST_NAME} letters"
+            problems.append(f"{case['image']}: {told}")
+        elif other is not case:
+            clash = f"expected names that differ, both would give {case['name']}"
+            problems.append(f"{other['image']} and {case['image']}: {clash}")
+    return problems
 
 
 def find_scans(words, cfg):
@@ -693,10 +733,10 @@ def find_scans(words, cfg):
     """
     paths, problems = [], []
     for word in words:
-        found = [Path(word)] if word.endswith(NIFTI) and Path(word).is_file() else []
-        if Path(word).resolve() == Path(cfg.OUTPUT_DIR).resolve():
+        found = [Path(word)] if word.endswith(NIFTI) and os.path.isfile(word) else []
+        if os.path.realpath(word) == os.path.realpath(cfg.OUTPUT_DIR):
             problems.append(f"{word}: expected another folder than OUTPUT_DIR")
-        if Path(word).is_dir():
+        if os.path.isdir(word):
             found = find_files(word, cfg.IMAGE_GLOB)
             if not found:
                 told = f"expected scans {cfg.IMAGE_GLOB} in the folder (--image-glob names others)"
@@ -704,21 +744,10 @@ def find_scans(words, cfg):
         elif not found:
             problems.append(f"{word}: expected a .nii or .nii.gz file, or a BIDS folder")
         paths += found
-    scans_of = {}
-    for path in paths:
-        case = name_case(path)
-        scans_of.setdefault(case["name"], []).append(case)
-        if not case["subject"].removeprefix("sub-"):
-            problems.append(f"{path}: expected letters or digits in the name")
-    for name, scans in scans_of.items():
-        if len(scans) > 1:
-            clash = " and ".join(scan["image"] for scan in scans)
-            problems.append(f"{clash}: expected names that differ, both would give {name}")
-    raise_problems(
-        problems,
-        "Give NIfTI files and BIDS folders; scans that would bear one name in separate runs.",
-    )
-    return [scan for scans in scans_of.values() for scan in scans]
+    cases = [name_case(path) for path in paths]
+    remedy = "Give NIfTI files and BIDS folders; scans that would bear one name in separate runs."
+    raise_problems(problems + check_names(cases), remedy)
+    return cases
 
 
 READ_ERRORS = (  # of nibabel and gzip on damaged files
@@ -728,11 +757,11 @@ READ_ERRORS = (  # of nibabel and gzip on damaged files
 )
 TORCH_ERRORS = (  # of torch.load on damaged files
     *(*READ_ERRORS, RuntimeError, LookupError, AttributeError),
-    *(pickle.UnpicklingError, struct.error),
+    *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
 )
-VOXEL_SIDES = (0.05, 20)  # mm
+VOXEL_SIDES, FARTHEST = (0.05, 20), 10_000  # mm
 LARGEST_VOLUME = 2**29  # voxels, 800 along each axis: what claims more is no scan of a head
-HEADER_BYTES = 2**20  # a header with its extensions is shorter
+HEADER_BYTES = 2**24  # a header with its extensions is shorter
 SURPLUS_BYTES = 2**20  # behind the voxels: fewer are passed over with a warning
 
 
@@ -767,7 +796,8 @@ def read_header(path):
             start = file.read(540)  # NIfTI-2 has a header of that size, NIfTI-1 a shorter one
             kind = nib.Nifti2Image if start[:4] in NIFTI2_STARTS else nib.Nifti1Image
             header = kind.header_class(start[: kind.header_class.sizeof_hdr], check=False)
-            start += file.read(min(int(header["vox_offset"]), HEADER_BYTES))
+            check_raw_header(header)
+            start += file.read(int(header["vox_offset"]))
         volume = kind.from_bytes(start)
     except READ_ERRORS as error:
         told = f"expected a NIfTI file, cannot be read ({explain(error)})"
@@ -780,16 +810,36 @@ def read_header(path):
     if volume.get_data_dtype().kind not in "iuf":
         got = volume.get_data_dtype()
         raise ValueError(f"{path}: expected voxels that are real numbers, got {got}")
-    linear, pixdim = volume.affine[:3, :3], volume.header["pixdim"][1:4].tolist()
-    if not np.isfinite(volume.affine).all() or abs(np.linalg.det(linear)) < 1e-9:
-        raise ValueError(f"{path}: expected an affine that can be inverted, got {linear.tolist()}")
-    sides, (low, high) = nib.affines.voxel_sizes(volume.affine), VOXEL_SIDES
+    check_affine(path, volume.affine)
+    return volume, shape
+
+
+def check_raw_header(header):
+    """Raise a ValueError for what nibabel would mend or read past in a NIfTI header."""
+    size, offset = header.sizeof_hdr, header["vox_offset"]
+    if header["sizeof_hdr"] != size or header["magic"].item()[:3] not in (b"n+1", b"n+2"):
+        raise ValueError("expected the header of a single file, n+1 or n+2")
+    if not size + 4 <= offset <= HEADER_BYTES:
+        raise ValueError(f"expected vox_offset from {size + 4} to {HEADER_BYTES}, got {offset}")
+    sides = header["pixdim"][1:4]
+    if not (np.isfinite(sides).all() and min(sides) > 0):
+        raise ValueError(f"expected voxel sides above 0 (pixdim), got {sides.tolist()}")
+
+
+def check_affine(path, affine):
+    """Raise a ValueError, which names the file, for an affine that no scanner gives."""
+    sides, (low, high) = nib.affines.voxel_sizes(affine), VOXEL_SIDES
+    with np.errstate(all="ignore"):
+        flat = abs(np.linalg.det(affine[:3, :3] / sides))  # 1 for axes that stand upright
+    if not (np.isfinite(affine).all() and flat > 1e-3):
+        told = f"expected an affine that can be inverted, got {affine.tolist()}"
+        raise ValueError(f"{path}: {told}")
     if min(sides) < low or max(sides) > high:
         expected = f"expected voxel sides of {low} to {high} mm"
         raise ValueError(f"{path}: {expected}, got {sides.tolist()} (another unit?)")
-    if not min(pixdim) > 0:
-        raise ValueError(f"{path}: expected voxel sides above 0 (pixdim), got {pixdim}")
-    return volume, shape
+    if abs(affine[:3, 3]).max() > FARTHEST:
+        told = f"expected an affine with an offset of at most {FARTHEST} mm"
+        raise ValueError(f"{path}: {told}, got {affine[:3, 3].tolist()}")
 
 
 def ras_spacing(affine):
@@ -879,7 +929,8 @@ def read_volume(path):
     header, shape = read_header(path)
     try:
         content, surplus = read_voxel_bytes(path, header)
-        data = np.asarray(type(header).from_bytes(content).dataobj, dtype=np.float32)
+        with np.errstate(all="ignore"):  # what becomes infinite is told below
+            data = np.asarray(type(header).from_bytes(content).dataobj, dtype=np.float32)
     except READ_ERRORS as error:
         reason = f"cannot be read to its last byte ({explain(error)})"
         raise ValueError(f"{path}: {reason}; expected a whole file, copy it anew") from None
@@ -975,15 +1026,16 @@ def read_split(path, subjects):
         split = {part: [*map(str, content[part])] for part in ("train", "val", "test")}
         if any(isinstance(content[part], str) for part in split):
             raise TypeError("text in place of a list")
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error)[:100] if isinstance(error, KeyError | TypeError) else "no JSON"
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        reason = "no JSON" if isinstance(error, ValueError | RecursionError) else explain(error)
         raise ValueError(f"{path}: expected lists train, val and test ({reason})") from None
     named = [subject for names in split.values() for subject in names]
     problems = [f"{part}: expected at least one subject" for part in split if not split[part]]
     problems += [f"{s}: named more than once" for s in sorted(set(named)) if named.count(s) > 1]
     problems += [f"{s}: no subject with a mask" for s in sorted(set(named) - set(subjects))]
     if problems:
-        raise ValueError(f"{path}: not a usable split:\n  " + "\n  ".join(problems))
+        lines = map(one_line, problems)
+        raise ValueError(f"{path}: not a usable split:\n  " + "\n  ".join(lines))
     for subject in sorted(set(subjects) - set(named)):
         log.warning("Warning: left out, not in %s: %s", path, subject)
     return split
@@ -1174,7 +1226,8 @@ def hash_voxels(volume):
 
 def cache_entry(case, cfg):
     """Return the cache entry of a case; it is made where there is none or a damaged one."""
-    with suppress(OSError):
+    with suppress(OSError, zipfile.BadZipFile):
+        check_zip(case["cache"])
         return load_cached(case)
     write_torch(case["cache"], build_cache_entry(case, cfg))
     return load_cached(case)
@@ -1316,7 +1369,7 @@ def log_grids(reports, cfg):
     for report, ratio in zip(reports, spacings / usual, strict=True):
         if max(ratio.max(), 1 / ratio.min()) > 1.5:
             words = f"{spacing_words(report['native_spacing'])}, far from {spacing_words(usual)}"
-            log.warning("Warning: %s has voxels of %s", one_line(report["case"]["image"]), words)
+            log.warning("Warning: %s has voxels of %s", report["case"]["image"], words)
     if (np.array(cfg.PIX_DIM) > 1.01 * usual).any():
         log.warning(
             "Warning: the working grid is coarser than the scans, %.1f times in voxel volume. What "
@@ -1377,7 +1430,7 @@ def prepare_cases(cases, cfg, step=0, keep_empty=False):
     for failure in filter(None, (report["failure"] for report in reports)):
         raise OSError(f"{failure}\nFree space, or choose another folder with --cache-dir.")
     for warning in (warning for report in reports for warning in report["warnings"]):
-        log.warning("Warning: %s", one_line(warning))
+        log.warning("Warning: %s", warning)
     problems, cases, first = [], [report["case"] for report in reports], {}
     for case in cases:
         other = first.setdefault(case["sha256"], case)
@@ -1703,17 +1756,25 @@ def save_last(path, training, cfg, split, progress):
 
 
 CHECKPOINT_KEYS = ("model", "config", "sha256", "history_row")  # what using a checkpoint takes
+LAST_KEYS = ("optimizer", "plateau", "scaler", "progress", "label_sha256")  # what going on takes
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, keys=CHECKPOINT_KEYS):
     """Return the content of a checkpoint file.
 
     Raises:
         ValueError: missing, damaged or not of this script; names the file.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise TypeError("a folder, pipe or device in place of a file")
+        check_zip(path)
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
-        if not all(isinstance(content[key], dict) for key in CHECKPOINT_KEYS):
+        parts = [content[key] for key in keys]
+        parts += content["sha256"].values()
+        row = content["history_row"]
+        good = isinstance(row["epoch"], int) and isinstance(row["val_dice"], float | None)
+        if not good or not all(isinstance(part, dict) for part in parts):
             raise TypeError("other content")
         return content
     except FileNotFoundError:
@@ -1732,7 +1793,8 @@ def read_last(cfg, split):
     Raises:
         ValueError: there is none; or settings, scans, masks or the split differ, names each.
     """
-    content = read_checkpoint(Path(cfg.OUTPUT_DIR) / "checkpoints" / "last.pth")
+    path = Path(cfg.OUTPUT_DIR) / "checkpoints" / "last.pth"
+    content = read_checkpoint(path, keys=CHECKPOINT_KEYS + LAST_KEYS)
     problems, processes = [], process_number("WORLD_SIZE")
     if content.get("processes") != processes:
         told = f"the run has {content.get('processes')}, now there are {processes}"
@@ -1769,6 +1831,8 @@ def load_weights(model, content, path):
         raise ValueError(
             f"{path}: its weights do not fit the network it names ({reason})"
         ) from None
+    if not all(weights.isfinite().all() for weights in model.state_dict().values()):
+        raise ValueError(f"{path}: expected finite weights, some are NaN or infinite")
 
 
 def restore_config(content, cfg, given):
@@ -1793,7 +1857,10 @@ def restore_config(content, cfg, given):
     here = {k: getattr(cfg, k) for k in NOT_OF_CHECKPOINT if k not in of_run or k in given}
     known_here = {name: value for name, value in (saved | here).items() if name in known}
     restored = replace(Config(), **known_here)
-    problems += check_config(replace(restored, SPLIT="", ENCODER_WEIGHTS="none"))  # not used again
+    problems += check_types(restored)
+    problems += (
+        [] if problems else check_config(replace(restored, SPLIT="", ENCODER_WEIGHTS="none"))
+    )  # not used again
     if problems:
         raise ValueError("wrong settings:\n  " + "\n  ".join(problems))
     return restored
@@ -2616,6 +2683,12 @@ def make_demo_data(folder, seed):
 # -------------------------------------------------------------------------------------------- Main
 
 
+def quote_names(record):
+    """Put the words that a message is filled with on one line: file names may hold line ends."""
+    record.args = tuple(one_line(x) if isinstance(x, str | Path) else x for x in record.args)
+    return True
+
+
 class RunLog(logging.FileHandler):
     """The log file of a run, and a lock that keeps other runs out of the output folder.
 
@@ -2656,6 +2729,7 @@ def logging_to_screen():
     errors.setLevel(logging.ERROR)
     log.setLevel(logging.INFO if first_process() else logging.ERROR)
     log.propagate = False
+    log.addFilter(quote_names)
     log.addHandler(screen)
     log.addHandler(errors)
     try:
@@ -2856,7 +2930,7 @@ def predict_scans(model, cases, cfg):
             problems.append(str(error))
             continue
         for caution in cautions:
-            log.warning("Warning: %s", one_line(caution))
+            log.warning("Warning: %s", caution)
         entry = to_working_grid({"image": image}, cfg)
         prob, affine = predict_case(model, entry, cfg)[1], entry["native_affine"].numpy()
         pred = write_prediction(case, prob, cfg)
@@ -2878,7 +2952,7 @@ def predict_scans(model, cases, cfg):
 
 def check_data_folder(cfg):
     """Raise FileNotFoundError, which says how to get the data, where there is no DATA_DIR."""
-    if not Path(cfg.DATA_DIR).is_dir():
+    if not os.path.isdir(cfg.DATA_DIR):
         raise FileNotFoundError(f"{cfg.DATA_DIR}: no such folder (DATA_DIR)\n{HOW_TO_GET_DATA}")
 
 
@@ -2977,8 +3051,9 @@ def set_up_trained(cfg, options):
         old.unlink()
     log_settings(cfg, f"{command}, checkpoint {path}")
     weights = describe_weights(content, path)
-    told = "epoch %d, validation Dice %.4f on the working grid"
-    log.info(f"Weights         {told}", weights["epoch"], weights["val_dice"])
+    told = "epoch %d, validation Dice %s on the working grid"
+    dice = "unknown" if weights["val_dice"] is None else f"{weights['val_dice']:.4f}"
+    log.info(f"Weights         {told}", weights["epoch"], dice)
     if options.predict:
         log_plan(cfg, model, f"{len(cases)} to segment")
         return functools.partial(predict_scans, model, cases, cfg)
@@ -3021,7 +3096,8 @@ def tell_failure(error, way_on, begun):
     if isinstance(error, FloatingPointError):
         log.error("Error: %s", error)
     elif isinstance(error, OSError):  # a worker's own holds its traceback
-        log.error("Error: %s\n%s", str(error).strip().rsplit("\nOSError: ", 1)[-1], way_on)
+        text = str(error).strip().rsplit("\nOSError: ", 1)[-1]
+        log.error(f"Error: {text}\n{way_on}")
     elif "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
         log.error("Error: another process of the run has ended.\n%s", way_on)
     elif "DataLoader worker (pid" in str(error):
