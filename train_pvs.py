@@ -339,7 +339,8 @@ def device_works(name):
 
 def process_number(name):
     """Return RANK, WORLD_SIZE or their LOCAL_ ones (of this computer) as torchrun gives them."""
-    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else name.endswith("SIZE")
+    alone = 1 if name.endswith("SIZE") else 0
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
 
 
 def first_process():
