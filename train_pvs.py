@@ -73,7 +73,8 @@ import matplotlib.pyplot as plt
 
 nib.imageglobals.logger.setLevel(logging.CRITICAL)  # its remarks name no file
 matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
-# MONAI 1.6 warns of an argument that it passes itself.
+# Of letters that the font lacks, and of headers that are checked here; MONAI's of its own call.
+warnings.filterwarnings("ignore", "Glyph .* missing|Extension size")
 warnings.filterwarnings("ignore", ".*always_return_as_numpy.*", FutureWarning)
 log = logging.getLogger("train_pvs")
 
@@ -280,7 +281,7 @@ def check_config(cfg):
         if not good and name not in problems:
             value = getattr(cfg, name)
             got = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            problems[name] = f"{name}: expected {expected}, got {got if got != '' else 'nothing'}"
+            problems[name] = f"{name}: expected {expected}, got {one_line(got) or 'nothing'}"
 
     for name, (low, high) in LIMITS.items():
         kind = int if np.array(getattr(Config, name)).dtype.kind == "i" else (int, float)
@@ -494,13 +495,24 @@ def stopping_on_signals():
             for child in multiprocessing.active_children():
                 child.kill()
             os._exit(128 + number)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch calls a worker's end an error
+        for child in multiprocessing.active_children():
+            child.terminate()
         raise KeyboardInterrupt
 
+    def ignore(lost):  # what was raised in a destructor; Progress asks again
+        if not received_signals:
+            hook(lost)
+
     received_signals.clear()
-    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    former = {n: signal.getsignal(n) for n in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    hook, sys.unraisablehook = sys.unraisablehook, ignore
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in former.items():
             signal.signal(number, handler)
 
@@ -508,7 +520,7 @@ def stopping_on_signals():
 def leave_signals_to_the_run(_):
     """Let a worker pass over Ctrl-C, which a terminal sends to all its processes; obey SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # leaves no file half written
 
 
 # -------------------------------------------------------------------------------- Screen and files
@@ -566,19 +578,19 @@ def write_file(path, data):
     temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
     except OSError as error:
         sizes = f"it takes {size_words(len(data))}, {size_words(free_disk(path))} are free"
         told = f"{path}: cannot be written ({error.strerror}); {sizes}"
         raise OSError(f"{told}. A former file of that name is as it was.") from None
-    finally:
-        with suppress(OSError):  # its folder may be what cannot be written
-            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder):
@@ -658,7 +670,7 @@ def find_files(folder, pattern):
     """
     try:
         found = sorted(Path(folder).glob(pattern))
-    except (ValueError, IndexError, OSError, RuntimeError) as error:
+    except (ValueError, IndexError, AttributeError, OSError, RuntimeError) as error:
         raise ValueError(f"{pattern}: expected a pattern for files ({explain(error)})") from None
     return [path for path in found if path.name.endswith(NIFTI)]
 
@@ -760,7 +772,7 @@ TORCH_ERRORS = (  # of torch.load on damaged files
     *(*READ_ERRORS, RuntimeError, LookupError, AttributeError),
     *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
 )
-VOXEL_SIDES, FARTHEST = (0.05, 20), 10_000  # mm
+VOXEL_SIDES, FARTHEST, LARGEST_EXTENT = (0.05, 20), 10_000, 500  # mm
 LARGEST_VOLUME = 2**29  # voxels, 800 along each axis: what claims more is no scan of a head
 HEADER_BYTES = 2**24  # a header with its extensions is shorter
 SURPLUS_BYTES = 2**20  # behind the voxels: fewer are passed over with a warning
@@ -781,8 +793,8 @@ def explain(error):
     """Return why a file cannot be read, in a line."""
     if isinstance(error, FileNotFoundError):
         return "there is none, or it is a link to none; with DataLad: datalad get"
-    told = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return one_line(told)[:200]
+    told = getattr(error, "strerror", None) or str(error).split(". ")[0] or type(error).__name__
+    return one_line(" ".join(told.split()))[:200]
 
 
 def read_header(path):
@@ -812,6 +824,10 @@ def read_header(path):
         got = volume.get_data_dtype()
         raise ValueError(f"{path}: expected voxels that are real numbers, got {got}")
     check_affine(path, volume.affine)
+    extent = (nib.affines.voxel_sizes(volume.affine) * shape).round()
+    if max(extent) > LARGEST_EXTENT:
+        told = f"expected a field of view of at most {LARGEST_EXTENT} mm"
+        raise ValueError(f"{path}: {told}, got {extent.tolist()}")
     return volume, shape
 
 
@@ -832,7 +848,7 @@ def check_affine(path, affine):
     sides, (low, high) = nib.affines.voxel_sizes(affine), VOXEL_SIDES
     with np.errstate(all="ignore"):
         flat = abs(np.linalg.det(affine[:3, :3] / sides))  # 1 for axes that stand upright
-    if not (np.isfinite(affine).all() and flat > 1e-3):
+    if not (np.isfinite(affine).all() and flat > 0.1):
         told = f"expected an affine that can be inverted, got {affine.tolist()}"
         raise ValueError(f"{path}: {told}")
     if min(sides) < low or max(sides) > high:
@@ -951,8 +967,8 @@ def check_scan(path, image):
     volume = np.asarray(image)[0]
     if volume.min() == volume.max():
         raise ValueError(f"{path}: expected a scan, all voxels are {volume.min():g}")
-    right = volume[1::2, ::2, ::2].ravel()
-    left = volume[:-1:2, ::2, ::2].ravel()
+    right = volume[1::2, ::2, ::2].ravel().astype(float)
+    left = volume[:-1:2, ::2, ::2].ravel().astype(float)
     if min(left.std(), right.std()) == 0 or np.corrcoef(left, right)[0, 1] < 0.2:
         raise ValueError(f"{path}: expected a head, got nothing but noise")
 
@@ -1227,7 +1243,7 @@ def hash_voxels(volume):
 
 def cache_entry(case, cfg):
     """Return the cache entry of a case; it is made where there is none or a damaged one."""
-    with suppress(OSError, zipfile.BadZipFile):
+    with suppress(*TORCH_ERRORS):
         check_zip(case["cache"])
         return load_cached(case)
     write_torch(case["cache"], build_cache_entry(case, cfg))
@@ -1780,12 +1796,10 @@ def read_checkpoint(path, keys=CHECKPOINT_KEYS):
         return content
     except FileNotFoundError:
         expected = "expected a checkpoint; train first, or name one with --checkpoint"
-        raise ValueError(f"{path}: no such file, {expected}") from None
+        raise ValueError(f"{one_line(path)}: no such file, {expected}") from None
     except TORCH_ERRORS as error:
-        reason = " ".join(str(error).split()).split(". ")[0][:200]
-        raise ValueError(
-            f"{path}: expected a checkpoint of this script, damaged or of another ({reason})"
-        ) from None
+        told = f"expected a checkpoint of this script, damaged or of another ({explain(error)})"
+        raise ValueError(f"{one_line(path)}: {told}") from None
 
 
 def read_last(cfg, split):
@@ -1896,7 +1910,8 @@ def train_one_epoch(model, loader, optimizer, scaler, cfg):
         FloatingPointError: a loss is not finite; the weights are untouched by it.
     """
     model.train()
-    device, epoch, losses = next(model.parameters()).device, loader.sampler.epoch, []
+    device, epoch = next(model.parameters()).device, loader.sampler.epoch
+    losses, names = [], []
     counts = torch.zeros(2, dtype=torch.int64, device=device)  # voxels: hits, found + true
     seeds = [cfg.SEED, epoch, process_number("RANK")]
     torch.manual_seed(np.random.SeedSequence(seeds).generate_state(1)[0].item())
@@ -1909,10 +1924,11 @@ def train_one_epoch(model, loader, optimizer, scaler, cfg):
         losses.append(check_finite(loss.detach(), "loss", epoch, batch["name"]))
         group_start = step - step % cfg.ACCUMULATE_STEPS
         group = min(cfg.ACCUMULATE_STEPS, len(loader) - group_start)
+        names = batch["name"] if step == group_start else names + batch["name"]
         scaler.scale(loss / group).backward()
         if step + 1 == group_start + group:
             norm = update_weights(model, optimizer, scaler, cfg)
-            check_finite(norm, "gradient", epoch, batch["name"])
+            check_finite(norm, "gradient", epoch, names)
         pred, true = logits.detach() > 0, label > 0
         counts += torch.stack([(pred & true).sum(), pred.sum() + true.sum()])
     hits, both = (sum(numbers) for numbers in zip(*gather([counts.tolist()]), strict=True))
@@ -2305,8 +2321,15 @@ GEOMETRY = """pixdim xyzt_units qform_code sform_code quatern_b quatern_c quater
 
 
 def write_nifti(path, volume, scan_path):
-    """Write an array (X, Y, Z) on the grid of a scan file: its affine, shape, q and sform codes."""
-    scan, _ = read_header(scan_path)
+    """Write an array (X, Y, Z) on the grid of a scan file: its affine, shape, q and sform codes.
+
+    Raises:
+        OSError: it cannot be written, or the scan is gone.
+    """
+    try:
+        scan, _ = read_header(scan_path)
+    except ValueError as error:
+        raise OSError(str(error)) from None
     header = type(scan.header)()
     for name in GEOMETRY.split():
         header[name] = scan.header[name]
@@ -2697,6 +2720,9 @@ class RunLog(logging.FileHandler):
     """
 
     def __init__(self, folder, name):
+        for path in (folder / ".lock", folder / f"{name}.log"):
+            if path.exists() and not path.is_file():
+                raise OSError(f"{path} is no file")
         self.folder_lock = open(folder / ".lock", "a")  # noqa: SIM115, closed by `close`
         try:
             fcntl.lockf(self.folder_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2706,10 +2732,11 @@ class RunLog(logging.FileHandler):
             raise
 
     def handleError(self, record):
-        """End the run where the log cannot be written, as with every other file."""
+        """End the run where the log cannot be written, unless it tells of a failure already."""
         self.setLevel(logging.CRITICAL + 1)  # it takes no more messages
-        reason = explain(sys.exc_info()[1])
-        raise OSError(f"{self.baseFilename}: cannot be written ({reason})") from None
+        error = sys.exc_info()[1]
+        if error.__context__ is None:
+            raise OSError(f"{self.baseFilename}: cannot be written ({explain(error)})") from None
 
     def close(self):
         """Close the file and give the folder free."""
@@ -2954,7 +2981,8 @@ def predict_scans(model, cases, cfg):
 def check_data_folder(cfg):
     """Raise FileNotFoundError, which says how to get the data, where there is no DATA_DIR."""
     if not os.path.isdir(cfg.DATA_DIR):
-        raise FileNotFoundError(f"{cfg.DATA_DIR}: no such folder (DATA_DIR)\n{HOW_TO_GET_DATA}")
+        told = f"{one_line(cfg.DATA_DIR)}: no such folder (DATA_DIR)"
+        raise FileNotFoundError(f"{told}\n{HOW_TO_GET_DATA}")
 
 
 def set_up_training(cfg, options):
