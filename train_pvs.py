@@ -185,7 +185,7 @@ NOT_OF_CHECKPOINT = (
 # What --resume may change; all else decides what the network becomes.
 NOT_OF_TRAINING = (
     *("EPOCHS", "DATA_DIR", "OUTPUT_DIR", "CACHE_DIR", "IMAGE_GLOB", "LABEL_GLOB", "SPLIT"),
-    *("SAVE_PROBABILITIES", "DEVICE", "NUM_WORKERS"),
+    *("SW_BATCH_SIZE", "SAVE_PROBABILITIES", "DEVICE", "NUM_WORKERS"),
 )
 
 HOW_TO_GET_DATA = """\
@@ -208,7 +208,7 @@ def build_parser():
     for flag, text in {
         "--check": "look the data over, print what a run would use, stop",
         "--resume": "go on after an interruption, to the same weights as without one",
-        "--evaluate": "test and draw again; with another --data-dir, score all its masked scans",
+        "--evaluate": "test and draw again; with another --data-dir, score each scan with a mask",
     }.items():
         command.add_argument(flag, action="store_true", help=text)
     text = "segment new scans: files, or BIDS folders; nothing is trained"
@@ -340,12 +340,12 @@ def device_works(name):
 
 def process_number(name):
     """Return RANK, WORLD_SIZE or their LOCAL_ ones (of this computer) as torchrun gives them."""
-    alone = 1 if name.endswith("SIZE") else 0
-    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
+    alone = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone[name]
 
 
 def first_process():
-    """Return whether this process writes what is of the whole run; the only one always does."""
+    """Return whether this is process 0, which writes the run's files and shows progress."""
     return process_number("RANK") == 0
 
 
@@ -357,6 +357,10 @@ def joined_processes(cfg):
         return
     backends = "gloo"
     if choose_device(cfg).type == "cuda":
+        count = torch.cuda.device_count()
+        if process_number("LOCAL_WORLD_SIZE") > count or cfg.DEVICE not in ("auto", "cuda"):
+            told = f"expected auto or cuda, and at most {count} processes, one a GPU"
+            raise ValueError(f"DEVICE: {told}, with torchrun")
         torch.cuda.set_device(process_number("LOCAL_RANK"))
         backends = "cpu:gloo,cuda:nccl"
     # Long, since a process may prepare its scans for hours; one that ends is noticed at once.
@@ -388,7 +392,7 @@ def wait_for_all():
 
 @contextmanager
 def first_process_first():
-    """Let the first process go through before the others do the same, and find it done."""
+    """Run the block in the first process, then in the others."""
     if not first_process():
         wait_for_all()
     yield
@@ -429,6 +433,12 @@ MEMORY_FILES = (  # of a control group, version 2 and 1: limit, use, and where t
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "total_inactive_file"),
 )
+
+
+def lacks_memory(error):
+    """Return whether an error is that memory ran out, of the device or of this computer."""
+    words = "out of memory|not enough memory|allocate memory|MemoryError"  # in RuntimeErrors
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
 
 
 def peak_memory():
@@ -594,7 +604,7 @@ def write_file(path, data):
 
 
 def sync_folder(folder):
-    """Make what was renamed in a folder last."""
+    """Flush a folder to disk, so that a rename in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -764,12 +774,12 @@ def find_scans(words, cfg):
 
 
 READ_ERRORS = (  # of nibabel and gzip on damaged files
-    *(OSError, EOFError, zlib.error, ValueError, TypeError, MemoryError, OverflowError),
+    *(OSError, EOFError, zlib.error, ValueError, TypeError, OverflowError),
     *(nib.spatialimages.HeaderDataError, nib.filebasedimages.ImageFileError),
     nib.wrapstruct.WrapStructError,
 )
 TORCH_ERRORS = (  # of torch.load on damaged files
-    *(*READ_ERRORS, RuntimeError, LookupError, AttributeError),
+    *(*READ_ERRORS, RuntimeError, LookupError, AttributeError, MemoryError),
     *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
 )
 VOXEL_SIDES, FARTHEST, LARGEST_EXTENT = (0.05, 20), 10_000, 500  # mm
@@ -792,7 +802,7 @@ def open_volume(path):
 def explain(error):
     """Return why a file cannot be read, in a line."""
     if isinstance(error, FileNotFoundError):
-        return "there is none, or it is a link to none; with DataLad: datalad get"
+        return "no such file, or a link to a missing one; with DataLad: datalad get"
     told = getattr(error, "strerror", None) or str(error).split(". ")[0] or type(error).__name__
     return one_line(" ".join(told.split()))[:200]
 
@@ -950,7 +960,7 @@ def read_volume(path):
             data = np.asarray(type(header).from_bytes(content).dataobj, dtype=np.float32)
     except READ_ERRORS as error:
         reason = f"cannot be read to its last byte ({explain(error)})"
-        raise ValueError(f"{path}: {reason}; expected a whole file, copy it anew") from None
+        raise ValueError(f"{path}: {reason}; incomplete or damaged, copy it again") from None
     bad = data.size - int(np.isfinite(data).sum())
     if bad:
         raise ValueError(f"{path}: expected finite voxels, {bad} are NaN or infinite")
@@ -1154,8 +1164,8 @@ def load_cached(case):
     try:
         return torch.load(case["cache"], mmap=True, weights_only=True)
     except TORCH_ERRORS as error:
-        told = f"{case['cache']}: the prepared volume is gone or damaged ({explain(error)})"
-        raise OSError(f"{told}; the next start makes it anew") from None
+        told = f"{case['cache']}: the prepared volume is missing or damaged ({explain(error)})"
+        raise OSError(f"{told}; the next run rebuilds it") from None
 
 
 def to_working_grid(volumes, cfg):
@@ -1337,7 +1347,7 @@ def estimate_cache(voxels, reports):
     """
     bounds = [CACHE_BYTES * n + 4 * min(n, BACKGROUND_SAMPLE) for _, n in voxels]
     taken = [report.get("cache_bytes", 0) for report in reports]
-    return sum(bounds) * (sum(taken) / sum(bounds[: len(taken)]) if any(taken) else 1)
+    return sum(bounds) * (sum(taken) / sum(share(bounds)[: len(taken)]) if any(taken) else 1)
 
 
 def estimate_memory(voxels, reports, base, step, cfg):
@@ -1350,24 +1360,35 @@ def estimate_memory(voxels, reports, base, step, cfg):
         [native * per_native + working * per_working + fixed for native, working in voxels]
         for per_native, per_working, fixed in (PREPARING_BYTES, TESTING_BYTES)
     )
-    taken = [(r["peak"] - base) / p for r, p in zip(reports, preparing, strict=False)]
+    taken = [(r["peak"] - base) / p for r, p in zip(reports, share(preparing), strict=False)]
     prepared = max(preparing) * max(taken, default=1) * max(worker_count(cfg), 1)
     return base + max(prepared, step, max(testing))
 
 
-def tell_needs(voxels, reports, base, step, cfg):
+def cached_bytes(cases, cfg):
+    """Return the bytes that the cache entries of these cases take by now."""
+    total = 0
+    for case in cases:
+        with suppress(OSError):  # no entry yet, or no scan
+            total += cache_path(case, cfg).stat().st_size
+    return total
+
+
+def tell_needs(cases, reports, base, step, cfg):
     """Print what the run takes of disk and memory at most, and what is free; warn of too little.
 
     Raises:
         ValueError: the cache will not find room, as the first cases show.
     """
-    disk, folder = estimate_cache(voxels, reports), cache_folder(cfg)
-    memory = estimate_memory(voxels, reports, base, step, cfg)
-    left = free_disk(folder) + sum(report.get("cache_bytes", 0) for report in reports)
+    voxels, folder = [count_voxels(case, cfg) for case in cases], cache_folder(cfg)
+    disk = estimate_cache(voxels, reports)
+    processes = process_number("LOCAL_WORLD_SIZE")  # each takes as much of this machine
+    memory = processes * estimate_memory(voxels, reports, base, step, cfg)
+    left = free_disk(folder) + cached_bytes(cases, cfg)
     when, free = f"After {len(reports)} scans" if reports else "Needs at most", free_memory()
     sizes = map(size_words, (disk, left, memory, free))
     log.info("%-15s %s of disk (%s free) for the cache, %s of memory (%s free)", when, *sizes)
-    if memory - base > free:
+    if memory - processes * base > free:
         log.warning("Warning: memory may run out. %s", OUT_OF_MEMORY)
     if disk > left and reports:
         told = f"{folder}: expected {size_words(disk)} of disk, {size_words(left)} are free"
@@ -1428,8 +1449,7 @@ def prepare_cases(cases, cfg, step=0, keep_empty=False):
             is too small for the cache.
         OSError: the cache cannot be written.
     """
-    needs = {"voxels": [count_voxels(case, cfg) for case in cases], "base": resident_memory()}
-    needs |= {"step": step, "cfg": cfg, "reports": []}
+    needs = {"cases": cases, "reports": [], "base": resident_memory(), "step": step, "cfg": cfg}
     tell_needs(**needs)
     prepare = functools.partial(prepare_case, cfg=cfg)
     # Each case is a batch of its own; collate_fn runs in the workers.
@@ -1442,7 +1462,7 @@ def prepare_cases(cases, cfg, step=0, keep_empty=False):
     reports = gather(needs["reports"])
     raise_problems(
         [problem for report in reports for problem in report["problems"]],
-        "Mend these files (a mask lies on its scan's grid) or move them away.",
+        "Repair these files (a mask must be on its scan's grid) or move them elsewhere.",
     )
     for failure in filter(None, (report["failure"] for report in reports)):
         raise OSError(f"{failure}\nFree space, or choose another folder with --cache-dir.")
@@ -1829,7 +1849,7 @@ def read_last(cfg, split):
                     problems.append(f"{name}: another {kind} than the run began with")
     if problems:
         told = "\n  ".join(dict.fromkeys(problems))
-        raise ValueError(f"cannot go on with what differs from the run's beginning:\n  {told}")
+        raise ValueError(f"cannot resume, these differ from the run that was begun:\n  {told}")
     return content
 
 
@@ -1893,9 +1913,8 @@ def check_finite(value, what, epoch, names):
     if not math.isfinite(value):
         where = f"in epoch {epoch} with {', '.join(sorted(set(names)))}"
         raise FloatingPointError(
-            f"the {what} became {float(value)} {where}. Nothing was saved from it, the checkpoints "
-            "are those of the epoch before. Look at these scans, or start anew (--overwrite) with "
-            "a lower --lr or --no-amp."
+            f"the {what} became {float(value)} {where}. Nothing was saved from this epoch. Look at "
+            "these scans, or start anew (--overwrite) with a lower --lr or --no-amp."
         )
     return float(value)
 
@@ -1907,7 +1926,7 @@ def train_one_epoch(model, loader, optimizer, scaler, cfg):
         (mean loss, Dice of all the epoch's patches as one volume: not comparable to a case's)
 
     Raises:
-        FloatingPointError: a loss is not finite; the weights are untouched by it.
+        FloatingPointError: a loss or a gradient is not finite; the weights are of no use then.
     """
     model.train()
     device, epoch = next(model.parameters()).device, loader.sampler.epoch
@@ -2061,8 +2080,9 @@ def save_epoch(training, cfg, split, progress, improved):
     if improved:
         best = out / "checkpoints" / "best_model.pth"
         save_checkpoint(best, training["model"], cfg, split, history[-1])
-    save_last(out / "checkpoints" / "last.pth", training, cfg, split, progress)
     write_json(out / "logs" / "training_history.json", history)
+    # Last: a run that is killed before goes through the epoch again, and writes all of it again.
+    save_last(out / "checkpoints" / "last.pth", training, cfg, split, progress)
 
 
 def stops_early(progress, cfg):
@@ -2807,7 +2827,7 @@ def open_output_folder(cfg, name, replaceable):
         (out / "logs").mkdir(parents=True, exist_ok=True)
         log.addHandler(RunLog(out / "logs", name))
     except BlockingIOError:
-        told = "another run works in this folder; wait for it, or choose another with --output-dir"
+        told = "another run is using this folder; wait for it, or choose another with --output-dir"
         raise ValueError(f"{out}: {told}") from None
     except OSError as error:
         raise ValueError(f"OUTPUT_DIR: expected a folder to write to ({error})") from None
@@ -2823,8 +2843,9 @@ def remove_half_files(cfg):
     found = [*out.glob(".writing-*"), *(out / "predictions").rglob(".writing-*")]
     for folder in ("checkpoints", "logs", "multi_plane"):
         found += (out / folder).glob(".writing-*")
-    cached = cache_folder(cfg).glob(".writing-*")
-    found += [path for path in cached if time.time() - path.stat().st_mtime > hour]
+    for path in cache_folder(cfg).glob(".writing-*"):
+        with suppress(FileNotFoundError):  # finished meanwhile
+            found += [path] if time.time() - path.stat().st_mtime > hour else []
     for path in found:
         path.unlink(missing_ok=True)
 
@@ -2939,10 +2960,35 @@ def train_and_test(model, split, cfg, last=None):
     return 1
 
 
+def segment_scan(model, case, cfg):
+    """Segment a scan, write and draw its mask; return its row of `participants_pvs.csv`.
+
+    Raises:
+        ValueError: it cannot be read, or shows no head; names the file.
+    """
+    image, cautions = read_volume(case["image"])
+    check_scan(case["image"], image)
+    check_size(case, cfg)
+    for caution in cautions:
+        log.warning("Warning: %s", caution)
+    entry = to_working_grid({"image": image}, cfg)
+    prob, affine = predict_case(model, entry, cfg)[1], entry["native_affine"].numpy()
+    pred = write_prediction(case, prob, cfg)
+    burden = {"count": ndimage.label(pred, TOUCHING)[1], "volume_ml": volume_ml(pred, affine)}
+    told = f"{case['name']}: {burden['count']} PVS, {burden['volume_ml']:.3f} ml predicted"
+    spacing = spacing_words(ras_spacing(affine))
+    grids = f"native grid, {spacing}\npredicted on the {describe_grid(cfg)}"
+    draw_case(case, np.asarray(image[0]), affine, {"prediction": pred}, f"{told}\n{grids}", cfg)
+    mask = prediction_path(case, cfg).relative_to(cfg.OUTPUT_DIR)
+    names = {"participant_id": case["subject"], "name": case["name"]}
+    return names | burden | {"scan": case["image"], "mask": mask}
+
+
 def predict_scans(model, cases, cfg):
     """Segment scans one at a time, draw and measure them.
 
-    A scan that cannot be read is named at the end, the others are done.
+    A scan that cannot be read, or is too large for the memory, is named at the end; the others are
+    done.
 
     Returns:
         the exit status, 1 where a scan could not be done
@@ -2951,25 +2997,15 @@ def predict_scans(model, cases, cfg):
     write_description(cases, cfg)
     for case in Progress(cases, "predicting"):
         try:
-            image, cautions = read_volume(case["image"])
-            check_scan(case["image"], image)
-            check_size(case, cfg)
+            rows.append(segment_scan(model, case, cfg))
         except ValueError as error:
             problems.append(str(error))
-            continue
-        for caution in cautions:
-            log.warning("Warning: %s", caution)
-        entry = to_working_grid({"image": image}, cfg)
-        prob, affine = predict_case(model, entry, cfg)[1], entry["native_affine"].numpy()
-        pred = write_prediction(case, prob, cfg)
-        burden = {"count": ndimage.label(pred, TOUCHING)[1], "volume_ml": volume_ml(pred, affine)}
-        files = {"scan": case["image"], "mask": prediction_path(case, cfg).relative_to(out)}
-        rows.append({"participant_id": case["subject"], "name": case["name"], **burden, **files})
-        write_csv(out / "logs" / "participants_pvs.csv", rows)
-        spacing = spacing_words(ras_spacing(affine))
-        told = f"{case['name']}: {burden['count']} PVS, {burden['volume_ml']:.3f} ml predicted"
-        title = f"{told}\nnative grid, {spacing}\npredicted on the {describe_grid(cfg)}"
-        draw_case(case, np.asarray(image[0]), affine, {"prediction": pred}, title, cfg)
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            problems.append(f"{case['image']}: memory ran out; {OUT_OF_MEMORY}")
+        if rows:
+            write_csv(out / "logs" / "participants_pvs.csv", rows)
     for row in rows:
         log.info("%s: %d PVS, %.3f ml", row["name"], row["count"], row["volume_ml"])
     log.info("%d of %d scans are segmented in %s", len(rows), len(cases), out.resolve())
@@ -3098,12 +3134,12 @@ def set_up_trained(cfg, options):
 def tell_way_on(cfg, options, begun):
     """Return what to do after a run that ended before its work was done."""
     if not begun:
-        return "Nothing had begun: start the same command again."
+        return "Nothing had begun: run the same command again."
     if options.evaluate or options.predict:
-        return "Start the same command again, with --overwrite where results are kept."
+        return "Run the same command again; add --overwrite if the folder holds results."
     if Path(cfg.OUTPUT_DIR, "checkpoints", "last.pth").exists():
         return "Go on with the same command and --resume."
-    return "No epoch was finished: start the same command again, with --overwrite."
+    return "No epoch was finished: run the same command again, with --overwrite."
 
 
 def tell_failure(error, way_on, begun):
@@ -3132,7 +3168,7 @@ def tell_failure(error, way_on, begun):
     elif "DataLoader worker (pid" in str(error):
         told = "a worker process was killed, most likely since memory, or /dev/shm, ran out"
         log.error("Error: %s.\nFirst lower --num-workers. %s\n%s", told, OUT_OF_MEMORY, way_on)
-    elif isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
+    elif lacks_memory(error):
         told = str(error).strip().split("\n")[0]
         log.error("Error: memory ran out (%s).\n%s\n%s", told, OUT_OF_MEMORY, way_on)
     else:
@@ -3141,7 +3177,6 @@ def tell_failure(error, way_on, begun):
 
 
 FAILURES = (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError, KeyboardInterrupt)
-NO_MEMORY = "out of memory|not enough memory|allocate memory"  # in RuntimeErrors of torch
 
 
 def main(argv=None):

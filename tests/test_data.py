@@ -14,7 +14,7 @@ import train_pvs
 from conftest import image_path, label_path, make_subject, save_nifti
 from train_pvs import Config
 
-CUT_OFF = "cannot be read to its last byte", "copy it anew"
+CUT_OFF = "cannot be read to its last byte", "copy it again"
 ONE_MASK = "expected one mask for this scan", "Remove or rename"
 ONE_SCAN = "expected one scan for this mask", "Remove or rename"
 
@@ -128,14 +128,14 @@ def test_sessions_have_names_and_stay_with_their_subject(tmp_path, tiny_config):
 def test_mask_of_another_shape_is_named(data, run):
     path = label_path(data, "sub-001")
     save_nifti(path, array_of(path)[:-1])
-    expect_refused(run, path, "expected the scan's shape (24, 28, 20), got (23, 28, 20)", "Mend")
+    expect_refused(run, path, "expected the scan's shape (24, 28, 20), got (23, 28, 20)", "Repair")
 
 
 def test_mask_more_than_half_a_voxel_off_is_named(data, run):
     path, affine = label_path(data, "sub-001"), np.eye(4)
     affine[2, 3] = 0.51
     save_nifti(path, array_of(path), affine)
-    expect_refused(run, path, "0.51 voxels from the scan's, expected at most 0.5", "Mend")
+    expect_refused(run, path, "0.51 voxels from the scan's, expected at most 0.5", "Repair")
 
 
 def test_mask_a_fifth_of_a_voxel_off_gives_a_warning(data, run, tmp_path):
@@ -156,7 +156,7 @@ def test_mask_a_fifth_of_a_voxel_off_gives_a_warning(data, run, tmp_path):
 def test_scan_with_two_volumes_is_named(data, run):
     path = image_path(data, "sub-001")
     save_nifti(path, np.stack([array_of(path)] * 2, -1))
-    expect_refused(run, path, "expected a 3D volume, got shape (24, 28, 20, 2)", "Mend")
+    expect_refused(run, path, "expected a 3D volume, got shape (24, 28, 20, 2)", "Repair")
 
 
 def test_affine_without_inverse_is_named(data, run):
@@ -166,20 +166,20 @@ def test_affine_without_inverse_is_named(data, run):
     volume.header.set_sform(np.diag([1, 1, 0, 1]), code=1)
     volume.header.set_qform(None, code=0)
     nib.save(volume, path)
-    expect_refused(run, path, "expected an affine that can be inverted", "Mend")
+    expect_refused(run, path, "expected an affine that can be inverted", "Repair")
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image\n", b"/annex/objects/MD5E-s3--a.nii.gz\n"])
 def test_file_that_is_no_image_is_named(data, run, content):
     image_path(data, "sub-001").write_bytes(content)
-    expect_refused(run, image_path(data, "sub-001"), "expected a NIfTI file", "Mend")
+    expect_refused(run, image_path(data, "sub-001"), "expected a NIfTI file", "Repair")
 
 
 def test_file_of_another_format_is_named(data, run):
     path = image_path(data, "sub-001")
     other = nib.MGHImage(array_of(path).astype(np.float32), np.eye(4))
     path.write_bytes(gzip.compress(other.to_bytes()))
-    expect_refused(run, path, "expected a NIfTI file", "Mend")
+    expect_refused(run, path, "expected a NIfTI file", "Repair")
 
 
 @pytest.mark.parametrize(("offset", "value"), [(70, 9999), (40, 99)], ids=["data type", "axes"])
@@ -188,14 +188,14 @@ def test_damaged_header_is_named(data, run, offset, value):
     raw = bytearray(gzip.decompress(path.read_bytes()))
     raw[offset : offset + 2] = struct.pack("<h", value)
     path.write_bytes(gzip.compress(raw))
-    expect_refused(run, path, "expected", "Mend")
+    expect_refused(run, path, "expected", "Repair")
 
 
 def test_broken_link_is_named_with_the_way_to_mend_it(data, run):
     path = image_path(data, "sub-001")
     path.unlink()
     path.symlink_to("../../.git/annex/objects/gone.nii.gz")
-    expect_refused(run, path, "datalad get", "Mend")
+    expect_refused(run, path, "datalad get", "Repair")
 
 
 def test_all_bad_headers_are_named_at_once(data, run):
@@ -262,7 +262,7 @@ def test_voxel_that_is_not_finite_is_named(data, run, value):
     volume = array_of(path).astype(np.float32)
     volume[3, 4, 5] = volume[6, 7, 8] = value
     save_nifti(path, volume)
-    expect_refused(run, path, "expected finite voxels, 2 are NaN or infinite", "Mend")
+    expect_refused(run, path, "expected finite voxels, 2 are NaN or infinite", "Repair")
 
 
 @pytest.mark.parametrize("kept", [0.9, 0.5])
@@ -276,7 +276,7 @@ def test_cut_off_compressed_file_is_named(data, run, kept):
 def test_file_cut_off_within_its_header_is_named(data, run):
     path = image_path(data, "sub-001")
     path.write_bytes(path.read_bytes()[:40])
-    expect_refused(run, path, "expected a NIfTI file", "Mend")
+    expect_refused(run, path, "expected a NIfTI file", "Repair")
 
 
 def test_cut_off_uncompressed_file_is_named(data, run):
@@ -300,7 +300,7 @@ def test_damaged_end_of_a_compressed_file_is_named(data, run, place):
 def test_mask_with_fractions_is_named(data, run):
     path = label_path(data, "sub-001")
     save_nifti(path, array_of(path).astype(np.float32) / 2)
-    expect_refused(run, path, "expected whole numbers in a mask", "Mend")
+    expect_refused(run, path, "expected whole numbers in a mask", "Repair")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -28,11 +28,14 @@ from hypothesis import strategies as st
 import train_pvs
 from conftest import TINY, image_path, label_path, make_subject, save_nifti
 
-MEND = r"Mend these files \(a mask lies on its scan's grid\) or move them away. Nothing was done."
+MEND = (
+    r"Repair these files \(a mask must be on its scan's grid\) or move them elsewhere. "
+    r"Nothing was done."
+)
 PAIRS = r"Remove or rename files, or narrow IMAGE_GLOB and LABEL_GLOB. Nothing was done."
 UNREAD = "expected a NIfTI file, cannot be read"
 NO_NIFTI = UNREAD + r" \(.+\)"
-NOT_WHOLE = r"cannot be read to its last byte \(.+\); expected a whole file, copy it anew"
+NOT_WHOLE = r"cannot be read to its last byte \(.+\); incomplete or damaged, copy it again"
 NAN, INF = float("nan"), float("inf")
 
 

@@ -688,7 +688,7 @@ def test_folder_of_a_running_training_is_refused_and_not_touched(
     for command in (("--overwrite",), ("--resume",), ("--evaluate",), ("--check",)):
         status, _, err = again(*command)
         assert status == 2, err
-        assert f"Error: {out}: another run works in this folder" in err
+        assert f"Error: {out}: another run is using this folder" in err
     status, _, err = again("--predict", image_path(heads, "sub-001"))
     assert status == 0, err
     assert (out / "predict" / "logs" / "participants_pvs.csv").exists()
@@ -759,7 +759,9 @@ def test_gradient_that_is_not_finite_ends_the_run_at_that_step(
     sampler = train_pvs.EpochSampler(2, 123)
     sampler.epoch = 3
     first = split["train"][next(iter(sampler))[1]]
-    assert f"the gradient became nan in epoch 3 with {first}. Nothing was saved from it" in err
+    assert (
+        f"the gradient became nan in epoch 3 with {first}. Nothing was saved from this epoch" in err
+    )
     assert len(saved) == 2
     assert snapshot(tmp_path / "out" / "checkpoints") == saved
     last = torch.load(tmp_path / "out" / "checkpoints" / "last.pth", weights_only=True)

@@ -250,7 +250,7 @@ def test_failures_end_in_a_line_and_a_status(error, expected, data, run, monkeyp
     monkeypatch.setattr(train_pvs, "train_and_test", fail)
     status, _, err = run()
     assert status == expected
-    way_on = "No epoch was finished: start the same command again, with --overwrite."
+    way_on = "No epoch was finished: run the same command again, with --overwrite."
     told = f"Interrupted (SIGINT). {way_on}\n" if expected == 130 else f"no space left\n{way_on}\n"
     assert err.removeprefix("Error: ") == told
 
@@ -395,7 +395,7 @@ def readme_commands():
     text = README.read_text(encoding="utf-8") if README.exists() else ""
     blocks = "".join(re.findall(r"^ *```.*?\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE))
     lines = blocks.replace("\\\n", " ").splitlines()
-    found = (re.search(r"python3? train_pvs\.py(.*)", line) for line in lines)
+    found = (re.search(r"(?:python3?|torchrun .*) train_pvs\.py(.*)", line) for line in lines)
     return [shlex.split(match[1], comments=True) for match in found if match]
 
 

@@ -183,7 +183,7 @@ def test_killed_process_ends_the_run_which_goes_on_exactly(begin, tmp_path):
     assert outcome(out) == outcome(tmp_path / "whole")
 
 
-def test_wrong_data_are_told_once(begin, heads, tmp_path):
+def test_wrong_data_are_told_and_end_all_processes(begin, heads, tmp_path):
     for number in range(1, 5):
         make_subject(tmp_path / "data", f"sub-{number:03d}", seed=number)
     for scan in (tmp_path / "data").glob("sub-00[23]/anat/*"):

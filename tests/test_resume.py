@@ -170,7 +170,7 @@ def test_second_run_in_one_folder_is_refused_while_the_first_lives(data, run, pl
         assert first.stdout.readline() == b"held\n"
         status, _, err = run()
         assert status == 2
-        assert f"{out}: another run works in this folder" in err
+        assert f"{out}: another run is using this folder" in err
         assert not (out / "logs" / "train.log").exists()
         first.kill()
     (out / "predictions" / ".writing-1-mask.nii.gz").parent.mkdir()
