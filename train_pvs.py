@@ -9,9 +9,9 @@
     torchrun --nproc_per_node=4 train_pvs.py   the same on several GPUs
 
 The file reads in the order of a run: Config > Machine > Screen and files > Data > Transforms >
-Model > Loss and metrics > Inference > Checkpoints > Training > Evaluation > Figures > Demo data >
-Main. Two grids occur: the *native grid* of a scan file, and the *working grid* (RAS, `PIX_DIM`,
-cropped to the head) on which the network lives. Every score names its grid.
+Cache and loaders > Model > Loss and metrics > Inference > Checkpoints > Training > Evaluation >
+Figures > Demo data > Main. Two grids occur: the *native grid* of a scan file, and the *working
+grid* (RAS, `PIX_DIM`, cropped to the head) on which the network lives. Every score names its grid.
 """
 
 import argparse
@@ -32,7 +32,6 @@ import os
 import pickle
 import platform
 import re
-import resource
 import shutil
 import signal
 import stat
@@ -443,13 +442,15 @@ def lacks_memory(error):
 
 def peak_memory():
     """Return the most memory that this process has had, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's: that knows what the program had that started this one.
+    lines = (PROC / "self" / "status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def resident_memory():
     """Return the memory that this process has now, bytes."""
     pages = int((PROC / "self" / "statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_memory():
@@ -552,6 +553,67 @@ def size_words(count):
 def one_line(text):
     """Return a text with escapes for what cannot be printed: file names may hold line ends."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def quote_names(record):
+    """Put the words that a message is filled with on one line: file names may hold line ends."""
+    record.args = tuple(one_line(x) if isinstance(x, str | Path) else x for x in record.args)
+    return True
+
+
+class RunLog(logging.FileHandler):
+    """The log file of a run, and a lock that keeps other runs out of the output folder.
+
+    It is held as long as this process lives: workers that outlive it do not inherit it.
+    """
+
+    def __init__(self, folder, name):
+        for path in (folder / ".lock", folder / f"{name}.log"):
+            if path.exists() and not path.is_file():
+                raise OSError(f"{path} is no file")
+        self.folder_lock = open(folder / ".lock", "a")  # noqa: SIM115, closed by `close`
+        try:
+            fcntl.lockf(self.folder_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            super().__init__(folder / f"{name}.log", encoding="utf-8", errors="backslashreplace")
+        except OSError:
+            self.folder_lock.close()
+            raise
+
+    def handleError(self, record):
+        """End the run where the log cannot be written, unless it tells of a failure already."""
+        self.setLevel(logging.CRITICAL + 1)  # it takes no more messages
+        error = sys.exc_info()[1]
+        if error.__context__ is None:
+            raise OSError(f"{self.baseFilename}: cannot be written ({explain(error)})") from None
+
+    def close(self):
+        """Close the file and give the folder free."""
+        with suppress(OSError):  # told by handleError
+            super().close()
+        self.folder_lock.close()
+
+
+@contextmanager
+def logging_to_screen():
+    """Show messages on stdout, errors on stderr; `open_output_folder` adds a file."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # of a notebook, which prints all letters
+            stream.reconfigure(errors="backslashreplace")
+    logging.raiseExceptions = False  # a screen that is gone ends no run
+    screen, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    screen.addFilter(lambda record: record.levelno < logging.ERROR)
+    errors.setLevel(logging.ERROR)
+    log.setLevel(logging.INFO if first_process() else logging.ERROR)
+    log.propagate = False
+    log.addFilter(quote_names)
+    log.addHandler(screen)
+    log.addHandler(errors)
+    try:
+        yield
+    finally:
+        for handler in log.handlers[:]:
+            log.removeHandler(handler)
+            handler.close()
 
 
 class Progress(tqdm):
@@ -1141,6 +1203,9 @@ def build_train_transforms(cfg):
     )
 
 
+# ------------------------------------------------------------------------------- Cache and loaders
+
+
 def cache_folder(cfg):
     """Return where the prepared volumes lie."""
     return Path(cfg.CACHE_DIR or Path(cfg.OUTPUT_DIR) / "cache")
@@ -1264,11 +1329,14 @@ def prepare_case(case, cfg):
     """Check a case and put it into the cache unless it is there.
 
     Returns:
-        {"problems": sentences, "warnings": sentences, "failure": of writing, or "", "peak": the
-        most memory that this process has had, bytes}, and where all is well "case": with "cache",
+        {"problems": sentences, "warnings": sentences, "failure": of writing, or "", "memory":
+        bytes that it took}, and where all is well "case": with "cache",
         the entry's path, and the hashes of its voxels, "cache_bytes", "native_voxels" and
         "working_voxels": labelled, "native_spacing", "roundtrip_dice"
     """
+    before = resident_memory()
+    with suppress(OSError):
+        (PROC / "self" / "clear_refs").write_text("5")  # let the peak start from here
     problems, cautions = check_headers(case)
     report = {"problems": problems, "warnings": cautions, "failure": ""}
     if not problems:
@@ -1287,7 +1355,7 @@ def prepare_case(case, cfg):
             report["working_voxels"] = len(entry["foreground"])
             report["cache_bytes"] = Path(case["cache"]).stat().st_size
             report["case"] = case | {key: entry[key] for key in ("sha256", "label_sha256")}
-    return report | {"peak": peak_memory()}
+    return report | {"memory": peak_memory() - before}
 
 
 FIRST_CASES = 3  # by which the estimates of memory and disk are refined
@@ -1360,7 +1428,7 @@ def estimate_memory(voxels, reports, base, step, cfg):
         [native * per_native + working * per_working + fixed for native, working in voxels]
         for per_native, per_working, fixed in (PREPARING_BYTES, TESTING_BYTES)
     )
-    taken = [(r["peak"] - base) / p for r, p in zip(reports, share(preparing), strict=False)]
+    taken = [r["memory"] / p for r, p in zip(reports, share(preparing), strict=False)]
     prepared = max(preparing) * max(taken, default=1) * max(worker_count(cfg), 1)
     return base + max(prepared, step, max(testing))
 
@@ -2725,67 +2793,6 @@ def make_demo_data(folder, seed):
 
 
 # -------------------------------------------------------------------------------------------- Main
-
-
-def quote_names(record):
-    """Put the words that a message is filled with on one line: file names may hold line ends."""
-    record.args = tuple(one_line(x) if isinstance(x, str | Path) else x for x in record.args)
-    return True
-
-
-class RunLog(logging.FileHandler):
-    """The log file of a run, and a lock that keeps other runs out of the output folder.
-
-    It is held as long as this process lives: workers that outlive it do not inherit it.
-    """
-
-    def __init__(self, folder, name):
-        for path in (folder / ".lock", folder / f"{name}.log"):
-            if path.exists() and not path.is_file():
-                raise OSError(f"{path} is no file")
-        self.folder_lock = open(folder / ".lock", "a")  # noqa: SIM115, closed by `close`
-        try:
-            fcntl.lockf(self.folder_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            super().__init__(folder / f"{name}.log", encoding="utf-8", errors="backslashreplace")
-        except OSError:
-            self.folder_lock.close()
-            raise
-
-    def handleError(self, record):
-        """End the run where the log cannot be written, unless it tells of a failure already."""
-        self.setLevel(logging.CRITICAL + 1)  # it takes no more messages
-        error = sys.exc_info()[1]
-        if error.__context__ is None:
-            raise OSError(f"{self.baseFilename}: cannot be written ({explain(error)})") from None
-
-    def close(self):
-        """Close the file and give the folder free."""
-        with suppress(OSError):  # told by handleError
-            super().close()
-        self.folder_lock.close()
-
-
-@contextmanager
-def logging_to_screen():
-    """Show messages on stdout, errors on stderr; `open_output_folder` adds a file."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # of a notebook, which prints all letters
-            stream.reconfigure(errors="backslashreplace")
-    logging.raiseExceptions = False  # a screen that is gone ends no run
-    screen, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
-    screen.addFilter(lambda record: record.levelno < logging.ERROR)
-    errors.setLevel(logging.ERROR)
-    log.setLevel(logging.INFO if first_process() else logging.ERROR)
-    log.propagate = False
-    log.addFilter(quote_names)
-    log.addHandler(screen)
-    log.addHandler(errors)
-    try:
-        yield
-    finally:
-        for handler in log.handlers[:]:
-            log.removeHandler(handler)
-            handler.close()
 
 
 RESULTS = (  # below the output folder, in the order in which --overwrite gives them up

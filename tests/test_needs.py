@@ -207,10 +207,11 @@ def test_memory_of_a_run_is_what_its_refined_estimate_says(shape, tmp_path):
     estimate = float(told[1]) * GB
     print(f"base {base / GB:.2f}, peak {peak / GB:.2f}, estimate {estimate / GB:.2f} GB")
     assert estimate == pytest.approx(peak, rel=0.25)
-    assert peak - base < 1.1 * (estimate - base)  # a bound, of heads with more PVS than these
+    assert (
+        peak - base < 1.1 * (estimate - base) + 0.05 * GB
+    )  # a bound, of heads with more PVS than these
 
 
-@pytest.mark.xfail(strict=True, reason="workers lack pages that the run's memory counts")
 def test_what_workers_take_is_counted_from_their_own_beginning(tmp_path, tiny_config, monkeypatch):
     for number in range(1, 4):
         make_subject(tmp_path / "data", f"sub-{number:03d}", (96, 112, 96), seed=number)
@@ -226,10 +227,9 @@ def test_what_workers_take_is_counted_from_their_own_beginning(tmp_path, tiny_co
         train_pvs.estimate_memory(voxels, some, base, 0, cfg) - base for some in ([], reports)
     )
     assert told == pytest.approx(100 * 77e6, rel=0.5)
-    assert 0.5 * told < refined < 2 * told
+    assert 0.3 * told < refined < 1.5 * told  # what is told is a bound
 
 
-@pytest.mark.xfail(strict=True, reason="ru_maxrss is no less than the memory of who starts a run")
 def test_memory_of_the_program_that_starts_the_run_does_not_count(machine, tmp_path):
     machine("0::/\n", {})
     status = "Name: python\nVmPeak: 9000 kB\nVmHWM:    5000 kB\nVmRSS: 4000 kB\n"
