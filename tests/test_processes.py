@@ -211,7 +211,7 @@ def test_sigterm_to_torchrun_leaves_no_process_and_a_run_to_resume(heads, tmp_pa
     with (tmp_path / "screen").open("w") as screen:
         launcher = subprocess.Popen([*torchrun, *argv], stdout=screen, stderr=screen)
     try:
-        wait_for_epochs(out, 1)
+        wait_for_epochs(out, 2)
         launcher.send_signal(signal.SIGTERM)
         assert launcher.wait(60) != 0
     finally:
