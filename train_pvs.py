@@ -491,6 +491,7 @@ OUT_OF_MEMORY = (
 
 
 received_signals = []  # that end the run, see `stopping_on_signals`
+CLEAN_UP_SECONDS = 10  # after a signal, before the run ends all the same
 
 
 @contextmanager
@@ -500,15 +501,23 @@ def stopping_on_signals():
     That is after the step or window in hand, and also while data are loaded or cached.
     """
 
+    run = os.getpid()
+
+    def end_at_once(*_):
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(128 + received_signals[0])
+
     def stop(number, _):
         received_signals.append(number)
-        if len(received_signals) > 1:
-            for child in multiprocessing.active_children():
-                child.kill()
-            os._exit(128 + number)
+        if len(received_signals) > 1 or os.getpid() != run:  # or a worker that has just begun
+            end_at_once()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch calls a worker's end an error
         for child in multiprocessing.active_children():
             child.terminate()
+        # The end of a loader waits for ever for a lock that a worker had when it ended.
+        signal.signal(signal.SIGALRM, end_at_once)
+        signal.alarm(CLEAN_UP_SECONDS)
         raise KeyboardInterrupt
 
     def ignore(lost):  # what was raised in a destructor; Progress asks again
@@ -516,13 +525,15 @@ def stopping_on_signals():
             hook(lost)
 
     received_signals.clear()
-    former = {n: signal.getsignal(n) for n in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGCHLD, signal.SIGALRM, signal.SIGINT, signal.SIGTERM)
+    former = {number: signal.getsignal(number) for number in numbers}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     hook, sys.unraisablehook = sys.unraisablehook, ignore
     try:
         yield
     finally:
+        signal.alarm(0)
         sys.unraisablehook = hook
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -378,7 +378,7 @@ def bomb(clean):
 def test_gzip_bomb_is_refused(data, run, bomb, path_of):
     path = path_of(data, "sub-002")
     path.write_bytes(bomb)
-    expect_problem(run("--check", seconds=5), path, NOT_WHOLE)
+    expect_problem(run("--check", seconds=10), path, NOT_WHOLE)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_what_is_no_regular_file_is_told_by_its_name(data, run, path_of, make, r
     path = path_of(data, "sub-002")
     path.unlink()
     make(path)
-    expect_problem(run("--check", seconds=3), path, rf"{UNREAD} \(.*{reason}.*\)")
+    expect_problem(run("--check", seconds=10), path, rf"{UNREAD} \(.*{reason}.*\)")
 
 
 def test_folder_that_is_a_link_to_itself_holds_no_scan(data, run, scan, mask):
@@ -441,7 +441,7 @@ def test_link_to_a_folder_above_is_not_followed_for_ever(data, run):
 @pytest.mark.parametrize("make", cases({name: make for name, (make, _) in THINGS.items()}))
 def test_description_that_is_no_file_names_no_data_set(data, run, make):
     make(data / "dataset_description.json")
-    status, out, err = run("--check", seconds=3)
+    status, out, err = run("--check", seconds=10)
     assert (status, err) == (0, "")
     assert re.search(r"^Data +data$", out, re.MULTILINE)
 
@@ -893,7 +893,7 @@ PLACES = {  # id: what it is made of, status, the first line; {} is the path
 def test_folder_that_cannot_be_used_is_told(data, run, tmp_path, flag, make, below, expected, told):
     make(tmp_path / "place")
     path = tmp_path / "place" / below
-    status, _, err = run("--check", flag, path, seconds=3)
+    status, _, err = run("--check", flag, path, seconds=10)
     assert status == expected, err
     assert re.match("Error: " + told.replace("{}", re.escape(str(path))), err), err
 
@@ -946,7 +946,7 @@ SPLITS = {  # id: what is made, the lines
 @pytest.mark.parametrize(("make", "lines"), cases(SPLITS))
 def test_useless_split_file_is_told_by_its_name(data, run, tmp_path, make, lines):
     make(tmp_path / "split")
-    expect_lines(run("--check", "--split", tmp_path / "split", seconds=3), *lines)
+    expect_lines(run("--check", "--split", tmp_path / "split", seconds=10), *lines)
 
 
 NO_FILE = ["Error: wrong settings:", "  ENCODER_WEIGHTS: expected .* a file that exists, got .*"]
@@ -970,7 +970,7 @@ NO_STATE = [
 )
 def test_useless_encoder_weights_are_told_by_their_name(data, run, tmp_path, make, lines):
     make(tmp_path / "weights")
-    expect_lines(run("--check", "--encoder-weights", tmp_path / "weights", seconds=3), *lines)
+    expect_lines(run("--check", "--encoder-weights", tmp_path / "weights", seconds=10), *lines)
 
 
 # ------------------------------------------------------------------------------------- checkpoints
@@ -1097,7 +1097,7 @@ def test_useless_checkpoint_is_told_by_its_name_and_runs_no_code(
     path = tmp_path / "weights.pth"
     write(path, weights[1])
     scan, out = image_path(clean, "sub-001"), tmp_path / "out"
-    result = start("--predict", scan, "--checkpoint", path, "--output-dir", out, seconds=3)
+    result = start("--predict", scan, "--checkpoint", path, "--output-dir", out, seconds=10)
     expect_lines(result, *(line.replace("{}", re.escape(str(path))) for line in lines))
     assert not (tmp_path / "code was run").exists()
 
@@ -1155,7 +1155,7 @@ NO_SCAN = "expected a .nii or .nii.gz file, or a BIDS folder"
 )
 def test_what_is_no_scan_to_segment_is_told_by_its_name(predict, tmp_path, name, make, told):
     make(tmp_path / name)
-    expect_problem(predict(tmp_path / name, seconds=3), tmp_path / name, told, GIVE)
+    expect_problem(predict(tmp_path / name, seconds=10), tmp_path / name, told, GIVE)
 
 
 @pytest.mark.parametrize("folder", ["", "other"], ids=["one file", "two files"])

@@ -216,7 +216,7 @@ def snapshot(folder):
 # ------------------------------------------------------------------------------------ Signals
 
 
-def interrupt(run, number, group=False, seconds=10):
+def interrupt(run, number, group=False, seconds=20):
     """Send a signal to a run, or to all its processes as a terminal does; return its last line."""
     os.killpg(run.pid, number) if group else os.kill(run.pid, number)
     assert run.end(seconds) == 128 + number, run.stderr
@@ -237,7 +237,7 @@ STAGES = {  # function, its call, flags, what the message advises
     "training": ("train_pvs.update_weights", 1, (), "--overwrite"),
     "training from workers": ("train_pvs.update_weights", 2, WORKERS, "--resume"),
     "validation": ("train_pvs.predict_logits", 1, (), "--overwrite"),
-    "writing a checkpoint": ("os.replace", 8, (), "--resume"),
+    "writing a checkpoint": ("os.replace", 9, (), "--resume"),
     "testing": ("train_pvs.score_case", 1, (), "--resume"),
     "drawing": ("train_pvs.plt.Figure.savefig", 1, (), "--resume"),
 }
@@ -287,7 +287,7 @@ def test_signal_ends_the_other_commands_too(command, stage, number, begin, whole
     run = begin(argv=[command, *scan, *places], hooks=[(pause, stage, 1, tmp_path / "reached")])
     run.wait_for(tmp_path / "reached")
     told = interrupt(run, number)
-    with_results = "with --overwrite where results are kept."
+    with_results = "add --overwrite if the folder holds results."
     assert told.endswith(GO_ON[""] if command == "--demo" else with_results)
     assert half_files(tmp_path) == []
 
@@ -325,7 +325,7 @@ def test_busy_workers_do_not_hold_the_run_up(number, begin, tmp_path):
     reached = tmp_path / "reached"
     run = begin(*WORKERS, hooks=[(pause, "train_pvs.build_cache_entry", 1, reached)])
     run.wait_for(reached)
-    assert interrupt(run, number, seconds=8).endswith(GO_ON[""])
+    assert interrupt(run, number, seconds=20).endswith(GO_ON[""])
 
 
 def test_signal_that_reaches_the_workers_after_the_run_ends_it_in_one_line(begin, tmp_path):
@@ -342,12 +342,34 @@ def test_signal_that_reaches_the_workers_after_the_run_ends_it_in_one_line(begin
     last_line(run, "Interrupted (SIGTERM). ")
 
 
-def test_ctrl_c_while_a_worker_starts_ends_in_one_line(begin, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["train_pvs.leave_signals_to_the_run", "multiprocessing.util._run_after_forkers"]
+)
+def test_ctrl_c_while_a_worker_starts_ends_in_one_line(name, begin, tmp_path):
     reached = tmp_path / "reached"
-    run = begin(*WORKERS, hooks=[(pause, "train_pvs.leave_signals_to_the_run", 1, reached)])
+    run = begin(*WORKERS, hooks=[(pause, name, 1, reached)])
     run.wait_for(reached)
     time.sleep(0.3)  # both have begun
     interrupt(run, signal.SIGINT, group=True)
+
+
+def hold_lock(flag):
+    """Let a worker be ended while it holds the lock that the end of the loader takes."""
+
+    def function(real, event):
+        event._cond.acquire()
+        flag.touch()
+        time.sleep(60)
+
+    replace_function("multiprocessing.synchronize.Event.is_set", function)
+    pytest.MonkeyPatch().setattr(train_pvs, "CLEAN_UP_SECONDS", 1, raising=False)
+
+
+def test_worker_that_ended_with_a_lock_does_not_hold_the_run_up(begin, tmp_path):
+    reached = tmp_path / "reached"
+    run = begin(*WORKERS, hooks=[(hold_lock, reached)])
+    run.wait_for(reached)
+    interrupt(run, signal.SIGTERM, seconds=20)
 
 
 def clean_up_for_ever(name, flag):
