@@ -1033,7 +1033,7 @@ def read_volume(path):
             data = np.asarray(type(header).from_bytes(content).dataobj, dtype=np.float32)
     except READ_ERRORS as error:
         reason = f"cannot be read to its last byte ({explain(error)})"
-        raise ValueError(f"{path}: {reason}; incomplete or damaged, copy it again") from None
+        raise ValueError(f"{path}: {reason}; expected a whole file, copy it again") from None
     bad = data.size - int(np.isfinite(data).sum())
     if bad:
         raise ValueError(f"{path}: expected finite voxels, {bad} are NaN or infinite")

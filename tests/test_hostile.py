@@ -35,7 +35,7 @@ MEND = (
 PAIRS = r"Remove or rename files, or narrow IMAGE_GLOB and LABEL_GLOB. Nothing was done."
 UNREAD = "expected a NIfTI file, cannot be read"
 NO_NIFTI = UNREAD + r" \(.+\)"
-NOT_WHOLE = r"cannot be read to its last byte \(.+\); incomplete or damaged, copy it again"
+NOT_WHOLE = r"cannot be read to its last byte \(.+\); expected a whole file, copy it again"
 NAN, INF = float("nan"), float("inf")
 
 
