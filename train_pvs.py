@@ -508,6 +508,11 @@ def stopping_on_signals():
             child.kill()
         os._exit(128 + received_signals[0])
 
+    def ask_again(*_):
+        signal.signal(signal.SIGALRM, end_at_once)
+        signal.alarm(CLEAN_UP_SECONDS)
+        raise KeyboardInterrupt  # the first may be lost in a destructor, in a long step
+
     def stop(number, _):
         received_signals.append(number)
         if len(received_signals) > 1 or os.getpid() != run:  # or a worker that has just begun
@@ -516,7 +521,7 @@ def stopping_on_signals():
         for child in multiprocessing.active_children():
             child.terminate()
         # The end of a loader waits for ever for a lock that a worker had when it ended.
-        signal.signal(signal.SIGALRM, end_at_once)
+        signal.signal(signal.SIGALRM, ask_again)
         signal.alarm(CLEAN_UP_SECONDS)
         raise KeyboardInterrupt
 
@@ -1373,7 +1378,8 @@ FIRST_CASES = 3  # by which the estimates of memory and disk are refined
 CACHE_BYTES = 3.2  # a voxel: image 2, label 1, and 4 for each labelled one, of which 5 % are many
 # Bytes a voxel of native and working grid, and bytes besides, as measured with scans of 2 and 20
 # million voxels: to read, check and resample a scan; to test one (prediction, scores, figures).
-PREPARING_BYTES, TESTING_BYTES = (40, 5, 30e6), (78, 6, 150e6)
+PREPARING_BYTES, TESTING_BYTES = (40, 5, 60e6), (78, 6, 200e6)
+STEP_FACTOR = 1.2  # of a training step, as measured, to what `step_memory` counts
 
 
 def count_voxels(case, cfg):
@@ -1441,7 +1447,7 @@ def estimate_memory(voxels, reports, base, step, cfg):
     )
     taken = [r["memory"] / p for r, p in zip(reports, share(preparing), strict=False)]
     prepared = max(preparing) * max(taken, default=1) * max(worker_count(cfg), 1)
-    return base + max(prepared, step, max(testing))
+    return base + max(prepared, STEP_FACTOR * step, max(testing))
 
 
 def cached_bytes(cases, cfg):

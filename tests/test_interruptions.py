@@ -372,6 +372,26 @@ def test_worker_that_ended_with_a_lock_does_not_hold_the_run_up(begin, tmp_path)
     interrupt(run, signal.SIGTERM, seconds=20)
 
 
+def lose_signal_in_long_step(seconds):
+    """Let a function end with a signal in a destructor, and take longer than cleaning up may."""
+
+    def function(real, *args):
+        Destructor()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pass
+        return real(*args)
+
+    replace_function("train_pvs.update_weights", function)
+    pytest.MonkeyPatch().setattr(train_pvs, "CLEAN_UP_SECONDS", 1, raising=False)
+
+
+def test_signal_that_python_lost_in_a_long_step_is_told(begin):
+    run = begin(hooks=[(lose_signal_in_long_step, 3)])
+    assert run.end(60) == 143
+    last_line(run, "Interrupted (SIGTERM). ")
+
+
 def clean_up_for_ever(name, flag):
     """Let a function go on sleeping after the first signal."""
 
