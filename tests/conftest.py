@@ -1,15 +1,19 @@
 """Small data sets and settings that make the whole pipeline run in seconds."""
 
 import logging
+import multiprocessing.forkserver
 import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_pvs
+
+torch.set_num_threads(1)  # in all processes of the tests: sums depend on the number of threads
 
 # A network and patches of the smallest size that the settings allow, made small by flags alone.
 TINY = (
@@ -46,6 +50,28 @@ def make_subject(folder, subject, shape=(24, 28, 20), seed=0):
     image = np.where(radius < 0.9, 400, 5) + 400 * label + rng.normal(0, 10, shape)
     save_nifti(image_path(folder, subject), np.clip(image, 0, None).astype(np.int16))
     save_nifti(label_path(folder, subject), label)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Let what was printed be of letters that xdist can send: file names may hold others."""
+    report = yield
+    report.sections = [
+        (title, text.encode("utf-8", "backslashreplace").decode())
+        for title, text in report.sections
+    ]
+    return report
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    """Where runs are forked from: a process that has imported the script and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kill_and_resume"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 @pytest.fixture

@@ -66,7 +66,6 @@ def start(argv, log_path, kill_at=0):
     screen = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(screen, 1)
     os.dup2(screen, 2)
-    torch.set_num_threads(1)
     moments = 0
 
     def deadly(function):

@@ -2,7 +2,7 @@
 
 import errno
 import json
-import multiprocessing.forkserver
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -34,7 +34,6 @@ def live(argv, folder, hooks):
     for number, name in {1: "stdout", 2: "stderr"}.items():
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     multiprocessing.set_start_method("fork", force=True)  # of the run's workers
-    torch.set_num_threads(1)
     for hook, *details in hooks:
         hook(*details)
     sys.exit(train_pvs.main(argv))
@@ -127,17 +126,6 @@ class Run:
     @property
     def stderr(self):
         return (self.folder / "stderr").read_text()
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    """Where runs are forked from: a process that has imported the script and computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kill_and_resume"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        multiprocessing.forkserver.ensure_running()
-    return context
 
 
 @pytest.fixture(scope="module")
@@ -396,8 +384,8 @@ def clean_up_for_ever(name, flag):
     """Let a function go on sleeping after the first signal."""
 
     def function(real, *args):
-        flag.touch()
         try:
+            flag.touch()
             time.sleep(60)
         finally:
             flag.with_suffix(".signal").touch()

@@ -1,7 +1,7 @@
 """Several processes, as torchrun starts them, do the work of one."""
 
 import json
-import multiprocessing.forkserver
+import multiprocessing
 import os
 import re
 import signal
@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from kill_and_resume import outcome
 
 import train_pvs
@@ -38,20 +37,8 @@ def live(argv, environment, screen):
     os.dup2(file, 2)
     os.environ |= environment
     multiprocessing.set_start_method("fork", force=True)  # of the run's workers
-    torch.set_num_threads(1)
     train_pvs.write_figure = lambda path, figure, title: figure.clear()
     sys.exit(train_pvs.main(argv))
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    """Where runs are forked from: a process that has imported the script and computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kill_and_resume"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        multiprocessing.forkserver.ensure_running()
-    return context
 
 
 @pytest.fixture
@@ -125,7 +112,6 @@ def test_two_processes_score_as_one_does(begin, scores, heads, tmp_path, monkeyp
     assert len(two["subjects"]) == 3
     assert two["dice_mean"] > 0.1
     monkeypatch.setattr(train_pvs, "write_figure", lambda path, figure, title: figure.clear())
-    torch.set_num_threads(1)
     machine = ["--evaluate", "--num-workers", "0", "--device", "cpu"]
     evaluate = [*machine, "--data-dir", str(heads), "--output-dir", str(out)]
     assert train_pvs.main(evaluate) == 0
