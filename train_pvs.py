@@ -72,6 +72,7 @@ import matplotlib.pyplot as plt
 
 nib.imageglobals.logger.setLevel(logging.CRITICAL)  # its remarks name no file
 matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
+torch.backends.cudnn.benchmark = True  # all patches and windows have one size
 # Of letters that the font lacks, and of headers that are checked here; MONAI's of its own call.
 warnings.filterwarnings("ignore", "Glyph .* missing|Extension size")
 warnings.filterwarnings("ignore", ".*always_return_as_numpy.*", FutureWarning)
@@ -1794,14 +1795,25 @@ def calculate_boundary_metrics(pred, label, spacing):
 def network_input(image, device, cfg):
     """Return images (B, 1, H, W, D) on `device`, in the memory layout that was measured to be fast.
 
-    On CPUs channels-last is faster in inference, and in float32 it halves training steps; in
-    bfloat16 its depthwise convolutions' backward pass is slow. GPUs were not measured.
+    On CPUs channels-last halves inference in bfloat16 and costs nothing in float32; training in
+    bfloat16 is faster without it, for its depthwise convolutions' backward pass. GPUs were not
+    measured: `benchmarks/speed.py` does.
     """
     image = image.to(device, non_blocking=True)
     training = torch.is_grad_enabled()
     if device.type != "cpu" or (training and autocast_dtype(device, cfg) != torch.float32):
         return image
     return image.contiguous(memory_format=torch.channels_last_3d)
+
+
+def blending_device(image, device):
+    """Return where a volume's windows are blended: on the CPU where the GPU lacks room.
+
+    The volume, the sum of the windows and that of their weights take 4 bytes a voxel each, the
+    resampling to the native grid takes more.
+    """
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    return device if 4 * 12 * image.numel() < room else torch.device("cpu")
 
 
 @torch.inference_mode()
@@ -1813,18 +1825,21 @@ def predict_logits(model, image, cfg):
     """
     model.eval()
     device = next(model.parameters()).device
+    place = blending_device(image, device)
 
     def predict_windows(windows):
         with autocast(device, cfg):
             return model(network_input(windows, device, cfg)).float()
 
     return sliding_window_inference(
-        image[None].float().to(device),
+        image[None].float().to(place),
         cfg.IMG_PATCH_SIZE,
         cfg.SW_BATCH_SIZE,
         predict_windows,
         overlap=cfg.SW_OVERLAP,
         mode="gaussian",
+        sw_device=device,
+        device=place,
     )
 
 
@@ -1989,23 +2004,32 @@ def restore_config(content, cfg, given):
 # ---------------------------------------------------------------------------------------- Training
 
 
-def check_finite(value, what, epoch, names):
-    """Return a loss, or another number of the training, as a Python number.
+CHECK_SECONDS = 1  # between looks at the losses: each waits for what the GPU has still to do
+LEAST_SCALE = 1e-4  # of float16's gradients: halved that often, they are not too large but broken
+
+
+def check_finite(numbers, epoch):
+    """See that losses and other numbers of the training are finite; they come off their device.
+
+    `numbers`: (what it is, tensor of one number, the names of its batch's cases)
 
     Raises:
-        FloatingPointError: it is not finite; names the cases of the batch.
+        FloatingPointError: one is not finite; names the cases.
     """
-    if not math.isfinite(value):
-        where = f"in epoch {epoch} with {', '.join(sorted(set(names)))}"
-        raise FloatingPointError(
-            f"the {what} became {float(value)} {where}. Nothing was saved from this epoch. Look at "
-            "these scans, or start anew (--overwrite) with a lower --lr or --no-amp."
-        )
-    return float(value)
+    values = torch.stack([value for _, value, _ in numbers]).tolist()
+    for value, (what, _, names) in zip(values, numbers, strict=True):
+        if not math.isfinite(value):
+            where = f"in epoch {epoch} with {', '.join(sorted(set(names)))}"
+            raise FloatingPointError(
+                f"the {what} became {value} {where}. Nothing was saved from this epoch. Look at "
+                "these scans, or start anew (--overwrite) with a lower --lr or --no-amp."
+            )
 
 
 def train_one_epoch(model, loader, optimizer, scaler, cfg):
     """Train once on patches of every case; the epoch is the sampler's.
+
+    The GPU is not waited for in every step: numbers are read every second and at the end.
 
     Returns:
         (mean loss, Dice of all the epoch's patches as one volume: not comparable to a case's)
@@ -2015,7 +2039,8 @@ def train_one_epoch(model, loader, optimizer, scaler, cfg):
     """
     model.train()
     device, epoch = next(model.parameters()).device, loader.sampler.epoch
-    losses, names = [], []
+    losses, numbers, names = [], [], []
+    next_look = time.monotonic() + CHECK_SECONDS
     counts = torch.zeros(2, dtype=torch.int64, device=device)  # voxels: hits, found + true
     seeds = [cfg.SEED, epoch, process_number("RANK")]
     torch.manual_seed(np.random.SeedSequence(seeds).generate_state(1)[0].item())
@@ -2025,38 +2050,40 @@ def train_one_epoch(model, loader, optimizer, scaler, cfg):
         with autocast(device, cfg):
             logits = model(image)
         loss = loss_function(logits.float(), label)
-        losses.append(check_finite(loss.detach(), "loss", epoch, batch["name"]))
+        losses.append(loss.detach())
+        numbers.append(("loss", losses[-1], batch["name"]))
         group_start = step - step % cfg.ACCUMULATE_STEPS
         group = min(cfg.ACCUMULATE_STEPS, len(loader) - group_start)
         names = batch["name"] if step == group_start else names + batch["name"]
         scaler.scale(loss / group).backward()
         if step + 1 == group_start + group:
             norm = update_weights(model, optimizer, scaler, cfg)
-            check_finite(norm, "gradient", epoch, names)
+            numbers.append(("gradient", norm, names))
         pred, true = logits.detach() > 0, label > 0
         counts += torch.stack([(pred & true).sum(), pred.sum() + true.sum()])
-    hits, both = (sum(numbers) for numbers in zip(*gather([counts.tolist()]), strict=True))
-    return float(np.mean(gather(losses))), 2 * hits / max(both, 1)
-
-
-LEAST_SCALE = 1e-4  # of float16's gradients: halved that often, they are not too large but broken
+        if time.monotonic() > next_look or step + 1 == len(loader):
+            if scaler.get_scale() < LEAST_SCALE:
+                numbers.append(("gradient", loss.new_tensor(math.nan), names))
+            check_finite(numbers, epoch)
+            numbers, next_look = [], time.monotonic() + CHECK_SECONDS
+    hits, both = (sum(counts) for counts in zip(*gather([counts.tolist()]), strict=True))
+    losses = gather(torch.stack(losses).tolist())
+    return float(np.mean(losses)), 2 * hits / max(both, 1)
 
 
 def update_weights(model, optimizer, scaler, cfg):
     """Make one optimizer step with the gradients at hand, clipped, and clear them.
 
     Returns:
-        their norm; where float16's scaler passed over a step since they were too large for it, 0,
-        or NaN if that has collapsed its scale
+        their norm, a tensor; 0 where float16's scaler passed over the step since they were too
+        large for it
     """
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    if scaler.is_enabled() and not norm.isfinite():
-        return math.nan if scaler.get_scale() < LEAST_SCALE else 0.0
-    return norm
+    return torch.where(norm.isfinite(), norm, 0) if scaler.is_enabled() else norm
 
 
 def validate(model, cases, cfg, epoch):
@@ -2070,7 +2097,8 @@ def validate(model, cases, cfg, epoch):
         entry = load_cached(case)
         logits, label = predict_logits(model, entry["image"], cfg).cpu(), entry["label"][None]
         loss = loss_function(logits, label.float())
-        losses.append(check_finite(loss, "validation loss", epoch, [case["name"]]))
+        check_finite([("validation loss", loss, [case["name"]])], epoch)
+        losses.append(float(loss))
         dices.append(calculate_metrics(logits > 0, label)["dice"])
     return float(np.mean(gather(losses))), float(np.mean(gather(dices)))
 
@@ -2099,7 +2127,8 @@ def share_gradients(model):
 
 def build_training(model, cfg):
     """Return what training changes: model, AdamW, its ReduceLROnPlateau, float16's scaler."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.LR, weight_decay=cfg.WEIGHT_DECAY)
+    settings = {"lr": cfg.LR, "weight_decay": cfg.WEIGHT_DECAY, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, factor=cfg.LR_FACTOR, patience=cfg.LR_PATIENCE, min_lr=cfg.LR_MIN
     )

@@ -315,3 +315,25 @@ def test_scaling_and_intent_of_the_scan_are_not_those_of_the_mask(tiny_config, t
     assert (written.get_fdata() == 1).all()
     assert float(written.header["cal_max"]) == 0
     assert b"patient" not in written.header.binaryblock
+
+
+@pytest.mark.parametrize(("free", "place"), [(10**6, "cpu"), (10**9, "cuda")])
+def test_windows_are_blended_on_the_cpu_where_the_gpu_lacks_room(free, place, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**10))
+    image = torch.zeros(1, 64, 64, 64)
+    assert train_pvs.blending_device(image, torch.device("cuda")).type == place
+    assert train_pvs.blending_device(image, torch.device("cpu")).type == "cpu"
+
+
+def test_windows_come_from_and_go_to_the_device_where_they_are_blended(monkeypatch, tiny_config):
+    """The network is elsewhere (as the meta device stands for), so that each must be moved."""
+    monkeypatch.setattr(train_pvs, "blending_device", lambda image, device: torch.device("cpu"))
+    moved, model = [], nn.Conv3d(1, 1, 1)
+
+    def sliding_window_inference(inputs, size, batch, predictor, **settings):
+        moved.append((inputs.device.type, settings["sw_device"].type, settings["device"].type))
+        return inputs
+
+    monkeypatch.setattr(train_pvs, "sliding_window_inference", sliding_window_inference)
+    train_pvs.predict_logits(model.to("meta"), torch.zeros(1, 8, 8, 8), tiny_config())
+    assert moved == [("cpu", "meta", "cpu")]

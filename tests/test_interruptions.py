@@ -769,6 +769,12 @@ def overflow_in(monkeypatch, broken):
     return calls
 
 
+@pytest.fixture
+def looking_at_every_step(monkeypatch):
+    monkeypatch.setattr(train_pvs, "CHECK_SECONDS", -1)
+
+
+@pytest.mark.usefixtures("looking_at_every_step")
 @pytest.mark.parametrize("val_every", [1, 2])
 def test_gradient_that_is_not_finite_ends_the_run_at_that_step(
     val_every, again, plain, monkeypatch, tmp_path
@@ -796,6 +802,35 @@ def test_gradient_that_is_not_finite_ends_the_run_at_that_step(
     assert snapshot(tmp_path / "out" / "checkpoints") == saved
     last = torch.load(tmp_path / "out" / "checkpoints" / "last.pth", weights_only=True)
     assert last["history_row"]["epoch"] == 2
+
+
+def test_numbers_are_read_once_in_a_while_and_name_the_step_that_was_wrong(
+    again, plain, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(train_pvs, "CHECK_SECONDS", 1000)
+    calls, reads, real = (
+        overflow_in(monkeypatch, lambda step: step == 3),
+        [],
+        train_pvs.check_finite,
+    )
+
+    def check_finite(numbers, epoch):
+        reads.append([what for what, *_ in numbers])
+        return real(numbers, epoch)
+
+    monkeypatch.setattr(train_pvs, "check_finite", check_finite)
+    status, _, err = again("--test-fraction", 0.25, "--val-every", 99, "--overwrite")
+    assert status == 1
+    assert len(calls) == 4  # the second epoch's two steps were made, and were not saved
+    training = [names for names in reads if "loss" in names]
+    assert training == 2 * [["loss", "gradient", "loss", "gradient"]]
+    split = json.loads((tmp_path / "out" / "logs" / "split.json").read_text())
+    sampler = train_pvs.EpochSampler(2, 123)
+    sampler.epoch = 2
+    first = split["train"][next(iter(sampler))[1]]
+    assert f"the gradient became nan in epoch 2 with {first}. Nothing was saved" in err
+    history = json.loads((tmp_path / "out" / "logs" / "training_history.json").read_text())
+    assert [row["epoch"] for row in history] == [1]
 
 
 def test_gradient_of_accumulated_batches_that_is_not_finite_names_all_their_cases(
@@ -832,6 +867,7 @@ def test_float16_whose_gradients_overflow_now_and_then_goes_on(
     assert all(value.isfinite().all() for value in weights)
 
 
+@pytest.mark.usefixtures("looking_at_every_step")
 def test_float16_whose_gradients_always_overflow_ends_instead_of_training_nothing(
     scaled, again, plain, monkeypatch
 ):
