@@ -15,6 +15,7 @@ grid* (RAS, `PIX_DIM`, cropped to the head) on which the network lives. Every sc
 """
 
 import argparse
+import copy
 import csv
 import errno
 import fcntl
@@ -56,6 +57,7 @@ from monai.data import MetaTensor, list_data_collate
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+from monai.networks.nets import DynUNet
 from scipy import ndimage, stats
 from sklearn.model_selection import train_test_split
 from torch import distributed as dist
@@ -96,17 +98,18 @@ class Config:
     SPLIT: str = ""  # JSON file with the subjects of train, val and test; empty: drawn with SEED
     SEED: int = 123  # of split, first weights, crops, augmentation and demo data
     # Working grid
-    PIX_DIM: tuple = (1.5, 1.5, 1.5)  # spacing, mm
+    PIX_DIM: tuple = (1.5, 1.5, 1.5)  # spacing, mm; 0 0 0: the training scans' own, their median
     INTENSITY_PERCENTILES: tuple = (0.5, 99.5)  # of the voxels in the head, taken to 0 and 1
     # Patches
     IMG_PATCH_SIZE: tuple = (96, 96, 96)  # voxels; sides are multiples of 2**ENCODER_DEPTH
     CROPS_PER_VOLUME: int = 4  # patches from a volume each time it is drawn
     POS_NEG_RATIO: float = 2.0  # patches centred on a PVS voxel for each one centred elsewhere
     # Network
+    ARCHITECTURE: str = "unetplusplus"  # unetplusplus or dynunet, which has no ENCODER_NAME
     ENCODER_NAME: str = "efficientnet-b7"  # efficientnet-b0 to efficientnet-b7
     ENCODER_WEIGHTS: str = "imagenet"  # imagenet, none, or a 2D EfficientNet's state dict file
     ENCODER_DEPTH: int = 5  # halvings of the patch
-    DECODER_WIDTH: int = 16  # decoder channels at full resolution, doubled at every halving
+    DECODER_WIDTH: int = 16  # channels at full resolution, doubled at every halving
     BATCHNORM_MOMENTUM: float = 0.0  # of all BatchNorm layers; 0: the library's (encoder 0.01)
     HEAD_BIAS_LOG_ODDS: bool = False  # start at the training masks' log-odds of foreground
     # Training
@@ -121,6 +124,7 @@ class Config:
     LR_MIN: float = 1e-6  # LR is not reduced below it
     VAL_EVERY: int = 1  # epochs between validations; the first and last have one always
     EARLY_STOPPING: int = 100  # validations without a better Dice before the run stops
+    MAX_MINUTES: float = 0.0  # of training; the epoch in hand is finished; 0: no limit
     # Inference
     SW_OVERLAP: float = 0.5  # of neighbouring windows, fraction of the patch
     SW_BATCH_SIZE: int = 4  # windows at once
@@ -136,7 +140,7 @@ LIMITS = {  # the smallest and the largest value that a number may have
     for limits, names in {
         (0, 2**32 - 1): "SEED",
         (0.001, 0.9): "TEST_FRACTION VAL_FRACTION",
-        (0.1, 20): "PIX_DIM",
+        (0, 20): "PIX_DIM",
         (0, 100): "INTENSITY_PERCENTILES",
         (8, 1024): "IMG_PATCH_SIZE",
         (3, 5): "ENCODER_DEPTH",
@@ -149,12 +153,24 @@ LIMITS = {  # the smallest and the largest value that a number may have
         (1e-6, 1e6): "GRAD_CLIP",
         (0.01, 0.99): "LR_FACTOR",
         (0, 0.9): "SW_OVERLAP",
+        (0, 10**6): "MAX_MINUTES",
     }.items()
     for name in names.split()
 }
 
+SMALLEST_SIDE = 0.1  # mm, of the working grid's voxels
+
 RECIPES = {  # named overrides of Config, chosen with --recipe
     "published": {},
+    "native": {  # thin PVS: the scans' own grid, and a network that sees it; measured, see README
+        "PIX_DIM": (0.0, 0.0, 0.0),
+        "ARCHITECTURE": "dynunet",
+        "ENCODER_DEPTH": 4,
+        "DECODER_WIDTH": 32,
+        "ENCODER_WEIGHTS": "none",
+        "HEAD_BIAS_LOG_ODDS": True,
+        "VAL_EVERY": 5,
+    },
     "demo": {  # minutes on a laptop's CPU; why these: see the README
         "TEST_FRACTION": 0.25,
         "VAL_FRACTION": 0.16,
@@ -184,7 +200,16 @@ NOT_OF_CHECKPOINT = (
 
 # What --resume may change; all else decides what the network becomes.
 NOT_OF_TRAINING = (
-    *("EPOCHS", "DATA_DIR", "OUTPUT_DIR", "CACHE_DIR", "IMAGE_GLOB", "LABEL_GLOB", "SPLIT"),
+    *(
+        "EPOCHS",
+        "MAX_MINUTES",
+        "DATA_DIR",
+        "OUTPUT_DIR",
+        "CACHE_DIR",
+        "IMAGE_GLOB",
+        "LABEL_GLOB",
+        "SPLIT",
+    ),
     *("SW_BATCH_SIZE", "SAVE_PROBABILITIES", "DEVICE", "NUM_WORKERS"),
 )
 
@@ -300,6 +325,10 @@ def check_config(cfg):
         expect(name, not re.search("[\ud800-\udfff]", getattr(cfg, name)), "a name in UTF-8")
     known = re.fullmatch("efficientnet-b[0-7]", cfg.ENCODER_NAME)
     expect("ENCODER_NAME", known, "efficientnet-b0 to efficientnet-b7")
+    expect("ARCHITECTURE", cfg.ARCHITECTURE in NETWORKS, " or ".join(NETWORKS))
+    if "PIX_DIM" not in problems:
+        good = not any(cfg.PIX_DIM) or min(cfg.PIX_DIM) >= SMALLEST_SIDE
+        expect("PIX_DIM", good, f"numbers from {SMALLEST_SIDE}, or 0 0 0")
     known = cfg.ENCODER_WEIGHTS in ("imagenet", "none") or os.path.isfile(cfg.ENCODER_WEIGHTS)
     expect("ENCODER_WEIGHTS", known, "imagenet, none or a file that exists")
     expect("DEVICE", device_works(cfg.DEVICE), "auto, cpu or a device of this machine")
@@ -310,8 +339,11 @@ def check_config(cfg):
         divisor = 2**cfg.ENCODER_DEPTH
         multiple = all(side % divisor == 0 for side in cfg.IMG_PATCH_SIZE)
         expect("IMG_PATCH_SIZE", multiple, f"multiples of {divisor} (2**ENCODER_DEPTH)")
-        lone = cfg.CROPS_PER_VOLUME == 1 and set(cfg.IMG_PATCH_SIZE) == {divisor}
-        expect("CROPS_PER_VOLUME", not lone, "more than 1 with such small patches (BatchNorm)")
+        lone = set(cfg.IMG_PATCH_SIZE) == {divisor}
+        several = cfg.CROPS_PER_VOLUME > 1 or not lone
+        expect("CROPS_PER_VOLUME", several, "more than 1 with such small patches (BatchNorm)")
+        larger = cfg.ARCHITECTURE != "dynunet" or not lone
+        expect("IMG_PATCH_SIZE", larger, f"more than {divisor} for dynunet (its norm)")
     return list(problems.values())
 
 
@@ -1092,6 +1124,19 @@ def check_mask(case, label, entry):
     return [], cautions
 
 
+def own_spacing(cases):
+    """Return the median spacing (mm, RAS axes) of scans by their headers; 1 mm if none is readable.
+
+    What cannot be read is told by `prepare_cases`.
+    """
+    sides = []
+    for case in cases:
+        with suppress(ValueError):
+            sides.append(ras_spacing(read_header(case["image"])[0].affine))
+    spacing = np.median(sides or [[1.0, 1.0, 1.0]], axis=0)
+    return tuple(np.clip(spacing, SMALLEST_SIDE, LIMITS["PIX_DIM"][1]).round(4).tolist())
+
+
 def split_cases(cases, cfg):
     """Divide the cases by subject into {"train": cases, "val": cases, "test": cases}.
 
@@ -1419,9 +1464,9 @@ def step_memory(model, cfg):
 
     shape = (cfg.BATCH_SIZE * cfg.CROPS_PER_VOLUME, 1, *cfg.IMG_PATCH_SIZE)
     patches = torch.empty(shape, device="meta")
-    shadow = {k: v.to("meta") for k, v in [*model.named_parameters(), *model.named_buffers()]}
+    shadow = copy.deepcopy(model).to("meta").train()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        torch.func.functional_call(model.train(), shadow, (patches,))
+        shadow(patches)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return 4 * weights + sum(storage.nbytes() for storage in kept.values())
 
@@ -1489,7 +1534,7 @@ def log_grids(reports, cfg):
     if dices:
         numbers = f"{np.mean(dices):.3f} ({min(dices):.3f} to {max(dices):.3f})"
         log.info("Round trip      %s: native Dice of masks to the working grid and back", numbers)
-    usual = np.clip(np.median(spacings, axis=0), *LIMITS["PIX_DIM"])
+    usual = np.clip(np.median(spacings, axis=0), SMALLEST_SIDE, LIMITS["PIX_DIM"][1])
     for report, ratio in zip(reports, spacings / usual, strict=True):
         if max(ratio.max(), 1 / ratio.min()) > 1.5:
             words = f"{spacing_words(report['native_spacing'])}, far from {spacing_words(usual)}"
@@ -1503,12 +1548,8 @@ def log_grids(reports, cfg):
         )
 
 
-def keep_with_pvs(reports, cfg):
-    """Return the cases with PVS on the working grid; log those that are left out.
-
-    Raises:
-        ValueError: there is none.
-    """
+def keep_with_pvs(reports):
+    """Return the cases with PVS on the working grid; log those that are left out."""
     kept = []
     for case, report in ((report["case"], report) for report in reports):
         if report["working_voxels"]:
@@ -1518,10 +1559,23 @@ def keep_with_pvs(reports, cfg):
             log.warning("Warning: left out, %s: %s", lost, case["label"])
         else:
             log.warning("Warning: left out, empty mask: %s", case["label"])
-    if not kept:
-        expected = "expected masks with voxels above 0, all are empty (see LABEL_GLOB)"
-        raise ValueError(f"{cfg.DATA_DIR}: {expected}")
     return kept
+
+
+def keep_prepared(split, prepared, cfg):
+    """Return the split with the prepared cases in place of its own; those that are not go.
+
+    Raises:
+        ValueError: a part has none left.
+    """
+    ready = {case["name"]: case for case in prepared}
+    split = {p: [ready[c["name"]] for c in part if c["name"] in ready] for p, part in split.items()}
+    bare = [name for name, part in split.items() if not part]
+    if bare:
+        expected = "expected masks with voxels above 0 (see LABEL_GLOB), all are empty"
+        remedy = "Choose other subjects with --split, or draw them with another --seed."
+        raise ValueError(f"{cfg.DATA_DIR}: {expected} in {', '.join(bare)}. {remedy}")
+    return split
 
 
 def prepare_cases(cases, cfg, step=0, keep_empty=False):
@@ -1531,8 +1585,8 @@ def prepare_cases(cases, cfg, step=0, keep_empty=False):
     bytes of a training step in this memory.
 
     Raises:
-        ValueError: lists everything that is wrong with the files; or no mask has PVS; or the disk
-            is too small for the cache.
+        ValueError: lists everything that is wrong with the files; or the disk is too small for the
+            cache.
         OSError: the cache cannot be written.
     """
     needs = {"cases": cases, "reports": [], "base": resident_memory(), "step": step, "cfg": cfg}
@@ -1561,7 +1615,7 @@ def prepare_cases(cases, cfg, step=0, keep_empty=False):
             problems.append(f"{case['image']}: expected other voxels than {other['image']} has")
     raise_problems(problems, "Remove copies: one could be trained on and the other tested.")
     log_grids(reports, cfg)
-    return cases if keep_empty else keep_with_pvs(reports, cfg)
+    return cases if keep_empty else keep_with_pvs(reports)
 
 
 class TrainingPatches(Dataset):
@@ -1618,8 +1672,11 @@ def build_train_loader(cases, cfg, device):
 # ------------------------------------------------------------------------------------------- Model
 
 
+NETWORKS = {"unetplusplus": "unetpp", "dynunet": "dynunet"}  # and their names in BIDS' `desc`
+
+
 def build_model(cfg):
-    """Return UNet++ (Zhou et al. 2018, 10.1007/978-3-030-00889-5_1) over its encoder, on the CPU.
+    """Return the network that ARCHITECTURE names, on the CPU.
 
     Takes images (B, 1, H, W, D), in [0, 1] but for noise, and gives logits of that shape. The
     weights that are not pretrained are a function of SEED.
@@ -1628,6 +1685,18 @@ def build_model(cfg):
         ValueError: the encoder's weights cannot be had or do not fit.
     """
     torch.manual_seed(cfg.SEED)
+    model = build_dynunet(cfg) if cfg.ARCHITECTURE == "dynunet" else build_unetplusplus(cfg)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm3d) and cfg.BATCHNORM_MOMENTUM > 0:
+            module.momentum = cfg.BATCHNORM_MOMENTUM
+    return model
+
+
+def build_unetplusplus(cfg):
+    """Return UNet++ (Zhou et al. 2018, 10.1007/978-3-030-00889-5_1) over its encoder.
+
+    Its first features have half the resolution of the image.
+    """
     model = smp.UnetPlusPlus(
         encoder_name=cfg.ENCODER_NAME,
         encoder_depth=cfg.ENCODER_DEPTH,
@@ -1638,10 +1707,32 @@ def build_model(cfg):
     )
     if cfg.ENCODER_WEIGHTS != "none":
         load_encoder_weights(model.encoder, encoder_weights_file(cfg))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm3d) and cfg.BATCHNORM_MOMENTUM > 0:
-            module.momentum = cfg.BATCHNORM_MOMENTUM
     return model
+
+
+def build_dynunet(cfg):
+    """Return MONAI's U-Net after nnU-Net (Isensee et al. 2021, 10.1038/s41592-020-01008-z).
+
+    It has skips at all resolutions, the image's included, instance norm and at most 320 channels.
+    """
+    levels = cfg.ENCODER_DEPTH + 1
+    return DynUNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=1,
+        kernel_size=levels * [3],
+        strides=[1, *(cfg.ENCODER_DEPTH * [2])],
+        upsample_kernel_size=cfg.ENCODER_DEPTH * [2],
+        filters=[min(cfg.DECODER_WIDTH * 2**i, 320) for i in range(levels)],
+    )
+
+
+def describe_network(cfg):
+    """Return the network in the words that log and files show."""
+    if cfg.ARCHITECTURE == "dynunet":
+        channels = f"{cfg.DECODER_WIDTH} channels at full resolution"
+        return f"DynUNet, {cfg.ENCODER_DEPTH + 1} levels, {channels}"
+    return f"UNet++ with {cfg.ENCODER_NAME}"
 
 
 def encoder_weights_file(cfg):
@@ -1697,7 +1788,8 @@ def start_at_log_odds(model, cases, cfg):
     total = sum(entry["label"].numel() for entry in entries)
     labelled = sum(len(entry["foreground"]) for entry in entries)
     labelled = min(max(labelled, 1), total - 1)
-    nn.init.constant_(model.segmentation_head[0].bias, math.log(labelled / (total - labelled)))
+    bias = [p for p in model.parameters() if p.shape == (1,)][-1]  # the output's: one channel
+    nn.init.constant_(bias, math.log(labelled / (total - labelled)))
 
 
 # -------------------------------------------------------------------------------- Loss and metrics
@@ -1986,7 +2078,7 @@ def restore_config(content, cfg, given):
     for name, value in given.items():
         trained = saved.get(name, getattr(Config, name))
         if name not in NOT_OF_CHECKPOINT and value != trained:
-            told = f"the checkpoint has {trained or 'none'}, only training can change it"
+            told = f"the checkpoint has {one_line(trained) or 'none'}, only training can change it"
             problems.append(f"{name}: {told}")
     of_run = ("DATA_DIR", "IMAGE_GLOB", "LABEL_GLOB", "AMP")  # the checkpoint's unless given
     here = {k: getattr(cfg, k) for k in NOT_OF_CHECKPOINT if k not in of_run or k in given}
@@ -2154,7 +2246,6 @@ def fit(model, cfg, split, last=None):
     device = next(model.parameters()).device
     loader = build_train_loader(split["train"], cfg, device)
     training = build_training(model, cfg)
-    _, optimizer, plateau, scaler = training.values()
     parallel = share_gradients(model)
     progress = {"best_dice": -1.0, "waited": 0, "history": []}
     if last:
@@ -2163,29 +2254,41 @@ def fit(model, cfg, split, last=None):
             part.load_state_dict(last[name])
     history = progress["history"]
     while len(history) < cfg.EPOCHS and not stops_early(progress, cfg):
-        epoch = loader.sampler.epoch = len(history) + 1
-        start, row = time.perf_counter(), {"epoch": epoch, "val_loss": None, "val_dice": None}
-        row["lr"] = optimizer.param_groups[0]["lr"]
-        row["train_loss"], row["train_dice"] = train_one_epoch(
-            parallel, loader, optimizer, scaler, cfg
-        )
-        for buffer in model.buffers() if parallel is not model else ():
-            dist.broadcast(buffer, 0)  # BatchNorm's statistics, as the checkpoint will have them
-        if epoch in (1, cfg.EPOCHS) or epoch % cfg.VAL_EVERY == 0:
-            row["val_loss"], row["val_dice"] = validate(model, split["val"], cfg, epoch)
-            plateau.step(row["val_loss"])
-            progress["waited"] += 1
-        row["seconds"] = round(time.perf_counter() - start, 2)
+        loader.sampler.epoch = len(history) + 1
+        row = train_and_validate(parallel, loader, training, split["val"], history, cfg)
         history.append(row)
+        progress["waited"] += row["val_dice"] is not None
         improved = row["val_dice"] is not None and row["val_dice"] > progress["best_dice"]
         if improved:
             progress |= {"best_dice": row["val_dice"], "waited": 0}
         if first_process():
             save_epoch(training, cfg, split, progress, improved)
         log_epoch(history, improved, cfg)
-        if epoch == 50 and progress["best_dice"] == 0:
+        if row["epoch"] == 50 and progress["best_dice"] == 0:
             log.warning("Warning: validation Dice is still 0; going on. %s", NOTHING_LEARNED)
     return history
+
+
+def train_and_validate(parallel, loader, training, val_cases, history, cfg):
+    """Train an epoch and, where it is due, validate; return its row of the history.
+
+    `parallel`: the model as `share_gradients` has it.
+    """
+    model, optimizer, plateau, scaler = training.values()
+    start, epoch = time.perf_counter(), loader.sampler.epoch
+    row = {"epoch": epoch, "val_loss": None, "val_dice": None}
+    row["lr"] = optimizer.param_groups[0]["lr"]
+    row["train_loss"], row["train_dice"] = train_one_epoch(parallel, loader, optimizer, scaler, cfg)
+    for buffer in model.buffers() if parallel is not model else ():
+        dist.broadcast(buffer, 0)  # BatchNorm's statistics, as the checkpoint will have them
+    (row["seconds"],) = gather([time.perf_counter() - start])[:1]  # the first process's, for all
+    last = epoch == cfg.EPOCHS or time_is_up([*history, row], cfg)
+    if epoch == 1 or last or epoch % cfg.VAL_EVERY == 0:
+        row["val_loss"], row["val_dice"] = validate(model, val_cases, cfg, epoch)
+        plateau.step(row["val_loss"])
+        (row["seconds"],) = gather([time.perf_counter() - start])[:1]
+    row["seconds"] = round(row["seconds"], 2)
+    return row
 
 
 def save_epoch(training, cfg, split, progress, improved):
@@ -2200,11 +2303,19 @@ def save_epoch(training, cfg, split, progress, improved):
 
 
 def stops_early(progress, cfg):
-    """Return, and print, whether EARLY_STOPPING validations brought no better Dice."""
-    stops = progress["waited"] >= cfg.EARLY_STOPPING and progress["best_dice"] > 0
-    if stops:
+    """Return, and print, whether EARLY_STOPPING or MAX_MINUTES ends the training."""
+    if progress["waited"] >= cfg.EARLY_STOPPING and progress["best_dice"] > 0:
         log.info("Stopped early: no better validation Dice in %d validations", progress["waited"])
-    return stops
+        return True
+    if time_is_up(progress["history"], cfg):
+        log.info("Stopped after %g minutes of training", cfg.MAX_MINUTES)
+        return True
+    return False
+
+
+def time_is_up(history, cfg):
+    """Return whether the epochs of a history took MAX_MINUTES."""
+    return 0 < cfg.MAX_MINUTES <= sum(row["seconds"] for row in history) / 60
 
 
 def log_epoch(history, improved, cfg):
@@ -2214,7 +2325,10 @@ def log_epoch(history, improved, cfg):
         log.info("epoch  train loss   Dice    val loss   Dice         LR  seconds  time left")
     loss, dice = ("-" if row[k] is None else f"{row[k]:.4f}" for k in ("val_loss", "val_dice"))
     mean_seconds = np.mean([r["seconds"] for r in history[-20:]])
-    minutes, seconds = divmod(round((cfg.EPOCHS - row["epoch"]) * mean_seconds), 60)
+    left = (cfg.EPOCHS - row["epoch"]) * mean_seconds
+    if cfg.MAX_MINUTES:
+        left = min(left, max(60 * cfg.MAX_MINUTES - sum(r["seconds"] for r in history), 0))
+    minutes, seconds = divmod(round(left), 60)
     log.info(
         f"{row['epoch']:5d} {row['train_loss']:11.4f} {row['train_dice']:6.4f} {loss:>11} "
         f"{dice:>6}{'*' if improved else ' '} {row['lr']:9.1e} {row['seconds']:8.1f} "
@@ -2476,7 +2590,7 @@ def prediction_path(case, cfg, suffix="mask"):
     """Return where a case's prediction lies in the BIDS derivative `predictions`."""
     sessions = re.findall(r"_(ses-[^_]+)", case["name"])
     folder = Path(cfg.OUTPUT_DIR, "predictions", case["subject"], *sessions[:1], "anat")
-    return folder / f"{case['name']}_label-PVS_desc-unetpp_{suffix}.nii.gz"
+    return folder / f"{case['name']}_label-PVS_desc-{NETWORKS[cfg.ARCHITECTURE]}_{suffix}.nii.gz"
 
 
 def write_prediction(case, prob, cfg):
@@ -2493,7 +2607,7 @@ def write_description(cases, cfg):
     folders = [Path(case["image"]).resolve().parents for case in cases]
     marked = ([p for p in above if (p / "dataset_description.json").exists()] for above in folders)
     sources = {(found or above)[0] for found, above in zip(marked, folders, strict=True)}
-    made = f"UNet++ with {cfg.ENCODER_NAME}, {describe_grid(cfg)}; probability on the native grid"
+    made = f"{describe_network(cfg)}, {describe_grid(cfg)}; probability on the native grid"
     content = {
         "Name": "Perivascular spaces (PVS), predicted",
         "BIDSVersion": "1.10.0",
@@ -2708,6 +2822,9 @@ def draw_training_curves(path, history, cfg):
 
 DEMO_SHAPE = (96, 112, 96)  # voxels of 1 mm
 DEMO_SUBJECTS = 16
+# Diameters of PVS in voxels: median, sigma of the logarithm, smallest, largest. These are wider
+# than most PVS, so that a small network learns them in voxels of 1 mm within minutes.
+DEMO_DIAMETERS = (3.4, 0.1, 2.8, 4)
 DEMO_NAME = "Simulated heads with perivascular spaces"
 
 
@@ -2767,12 +2884,13 @@ def draw_tube(occupancy, centre, axis, length, radius, bend):
     occupancy[box] = np.maximum(occupancy[box], filled)
 
 
-def draw_tubes(rng, where, count):
+def draw_tubes(rng, where, count, diameters):
     """Return the occupancy of tubes like PVS, centred in the mask `where` and kept within it.
 
-    They are 6-18 mm long, point to the head's centre within some 25 degrees, and are 2.8-4 mm wide:
-    wider than most PVS, so that a small network learns them in voxels of 1 mm within minutes.
+    They are 6-18 voxels long, point to the head's centre within some 25 degrees, and are as wide as
+    `diameters` (see DEMO_DIAMETERS) says.
     """
+    median, sigma, *limits = diameters
     occupancy, middle = np.zeros(where.shape, np.float32), (np.array(where.shape) - 1) / 2
     candidates = np.argwhere(where)
     for centre in candidates[rng.integers(len(candidates), size=count)]:
@@ -2780,20 +2898,20 @@ def draw_tubes(rng, where, count):
         axis = inward + 0.3 * rng.standard_normal(3)
         axis /= np.linalg.norm(axis)
         length, bend = rng.uniform(6, 18), np.cross(axis, rng.standard_normal(3))
-        diameter = np.clip(rng.lognormal(np.log(3.4), 0.1), 2.8, 4)
+        diameter = np.clip(rng.lognormal(np.log(median), sigma), *limits)
         draw_tube(occupancy, centre, axis, length, diameter / 2, 0.08 * length * bend)
     return occupancy * ndimage.binary_dilation(where, iterations=1)
 
 
-def simulate_head(rng, shape=DEMO_SHAPE):
-    """Return a simulated T2w head (X, Y, Z) int16 of 1 mm and the mask of its white-matter PVS.
+def simulate_head(rng, shape=DEMO_SHAPE, diameters=DEMO_DIAMETERS):
+    """Return a simulated T2w head (X, Y, Z) int16 and the mask of its white-matter PVS.
 
-    Lesions of the white matter and PVS of the basal ganglia look alike and bear no label. Contrasts
-    after Bernal et al. 2022 (10.1016/j.mri.2022.07.016).
+    It is drawn for voxels of about 1 mm. Lesions of the white matter and PVS of the basal ganglia
+    look alike and bear no label. Contrasts after Bernal et al. 2022 (10.1016/j.mri.2022.07.016).
     """
     image, white, basal = simulate_tissue(rng, shape)
-    pvs = draw_tubes(rng, white, rng.integers(50, 90))
-    unlabelled = draw_tubes(rng, basal, rng.integers(2, 6))
+    pvs = draw_tubes(rng, white, rng.integers(50, 90), diameters)
+    unlabelled = draw_tubes(rng, basal, rng.integers(2, 6), diameters)
     spots, candidates = np.zeros(shape, np.float32), np.argwhere(white)
     for centre in candidates[rng.integers(len(candidates), size=rng.integers(3, 9))]:
         spots[tuple(centre)] = rng.uniform(30, 80)  # a peak of 0.25 to 0.65 after smoothing
@@ -2849,7 +2967,7 @@ RESULTS = (  # below the output folder, in the order in which --overwrite gives 
     "logs/test_metrics.csv",
     "logs/participants_pvs.csv",
     "multi_plane/sub-*.png",
-    "predictions/sub-*/**/*_label-PVS_desc-unetpp_*.nii.gz",
+    "predictions/sub-*/**/*_label-PVS_desc-*.nii.gz",
     "test_set_visualization_grid_300dpi.jpg",
     "agreement.jpg",
     "training_curves.jpg",
@@ -2921,7 +3039,7 @@ def log_plan(cfg, model, scans):
     log.info("Device          %s, arithmetic in %s", device, arithmetic)
     log.info("Scans           %s", scans)
     log.info("Grid            %s", describe_grid(cfg))
-    log.info("Network         UNet++ with %s, %.1f M parameters", cfg.ENCODER_NAME, parameters)
+    log.info("Network         %s, %.1f M parameters", describe_network(cfg), parameters)
     log.info("Output folder   %s", Path(cfg.OUTPUT_DIR).resolve())
 
 
@@ -3089,12 +3207,15 @@ def set_up_training(cfg, options):
         if options.demo:
             make_demo_data(cfg.DATA_DIR, cfg.SEED)
         model = build_model(replace(cfg, ENCODER_WEIGHTS="none") if options.resume else cfg)
-    cases = find_cases(cfg)
+    split = split_cases(find_cases(cfg), cfg)
+    if not any(cfg.PIX_DIM):
+        cfg = replace(cfg, PIX_DIM=own_spacing(split["train"]))
     step = step_memory(model, cfg)
     if choose_device(cfg).type == "cuda":
         log.info("GPU memory      %s for a step without autocast, estimated", size_words(step))
         step = 0
-    split = split_cases(prepare_cases(cases, cfg, step), cfg)
+    cases = [case for part in split.values() for case in part]
+    split = keep_prepared(split, prepare_cases(cases, cfg, step), cfg)
     last = read_last(cfg, split) if options.resume else None
     log.info("Data            %s", data_set_name(cfg))
     log_plan(cfg, model, ", ".join(f"{len(part)} {name}" for name, part in split.items()))

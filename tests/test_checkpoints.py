@@ -217,6 +217,7 @@ OTHER_VALUES = {  # of what only training can change, other than in TINY
     "IMG_PATCH_SIZE": "32 32 32",
     "CROPS_PER_VOLUME": "3",
     "POS_NEG_RATIO": "1",
+    "ARCHITECTURE": "dynunet",
     "ENCODER_NAME": "efficientnet-b1",
     "ENCODER_WEIGHTS": "imagenet",
     "ENCODER_DEPTH": "4",
@@ -233,6 +234,7 @@ OTHER_VALUES = {  # of what only training can change, other than in TINY
     "LR_MIN": "1e-7",
     "VAL_EVERY": "2",
     "EARLY_STOPPING": "5",
+    "MAX_MINUTES": "7",
     "SW_OVERLAP": "0.7",
 }
 

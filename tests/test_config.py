@@ -104,6 +104,7 @@ OTHER = {  # valid values that are not the default, where adding a little does n
     "ENCODER_NAME": "efficientnet-b1",
     "ENCODER_WEIGHTS": "none",
     "ENCODER_DEPTH": 4,
+    "ARCHITECTURE": "dynunet",
     "SPLIT": __file__,
     "DEVICE": "cpu",
 }
@@ -141,6 +142,7 @@ WRONG = {
     "PIX_DIM": "1 0 1",
     "ENCODER_DEPTH": "6",
     "ENCODER_NAME": "no-such-net",
+    "ARCHITECTURE": "unet",
     "ENCODER_WEIGHTS": "no/such/weights.pth",
     "LABEL_GLOB": "",
     "SPLIT": "no/such/split.json",

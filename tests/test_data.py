@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import struct
 
 import nibabel as nib
@@ -31,6 +32,15 @@ def expect_refused(run, *words, flags=()):
     assert "Traceback" not in err
     assert f"\n{err}".count("\nError: ") == 1
     return err
+
+
+def split_flags(data, train, val, test):
+    """Return the flags of a split by numbers of subjects, such as "1 3"."""
+    numbers = {"train": train, "val": val, "test": test}
+    split = {part: [f"sub-00{n}" for n in words.split()] for part, words in numbers.items()}
+    path = data.parent / "split.json"
+    path.write_text(json.dumps(split))
+    return "--split", path
 
 
 def cache_of(folder, name):
@@ -316,12 +326,57 @@ def test_all_bad_voxels_are_named_at_once(data, run, workers):
 
 
 def test_empty_mask_is_named_and_left_out(data, run):
-    path = label_path(data, "sub-001")
+    path = label_path(data, "sub-003")
     save_nifti(path, 0 * array_of(path))
-    status, out, _ = run("--check")
+    status, out, _ = run("--check", *split_flags(data, "1 3", "2", "4"))
     assert status == 0
     assert f"left out, empty mask: {path}\n" in out
-    assert "1 train, 1 val, 1 test" in out  # of the other three
+    assert "1 train, 1 val, 1 test" in out
+
+
+def test_part_whose_only_mask_is_empty_is_named(data, run):
+    path = label_path(data, "sub-004")
+    save_nifti(path, 0 * array_of(path))
+    status, out, err = run("--check", *split_flags(data, "1 3", "2", "4"))
+    assert status == 2
+    assert f"left out, empty mask: {path}\n" in out
+    assert "expected masks with voxels above 0 (see LABEL_GLOB), all are empty in test. " in err
+    assert "Choose other subjects with --split, or draw them with another --seed." in err
+
+
+def test_split_does_not_depend_on_what_the_masks_hold(data, run):
+    def parts(*flags):
+        out = run("--check", "--test-fraction", 0.25, "--val-fraction", 0.3, *flags)[1]
+        return re.findall(r"^  (?:val|test) +(.*)$", out, re.MULTILINE)
+
+    before = parts()
+    train = min({f"sub-00{n}" for n in range(1, 5)} - set(" ".join(before).split()))
+    save_nifti(label_path(data, train), 0 * array_of(label_path(data, train)))
+    assert parts() == before
+
+
+@pytest.mark.parametrize(("own", "expected"), [(True, "0.9 x 1.1 x 1.3 mm"), (False, "1 x 1 x 1")])
+def test_working_grid_may_be_the_median_of_the_training_scans(own, expected, data, run, tmp_path):
+    sides = {1: (0.9, 1.1, 1.3), 2: (2, 2, 2), 3: (0.9, 1.2, 1.3), 4: (3, 3, 3), 5: (0.8, 1, 1.2)}
+    make_subject(data, "sub-005", seed=5)
+    for number, spacing in sides.items():
+        for path in (image_path(data, f"sub-00{number}"), label_path(data, f"sub-00{number}")):
+            save_nifti(path, array_of(path), np.diag([*spacing, 1]))
+    flags = ["--pix-dim", 0, 0, 0] if own else []
+    status, out, _ = run("--epochs", 1, *split_flags(data, "1 3 5", "2", "4"), *flags)
+    assert status in (0, 1)
+    assert f"Grid            working grid, RAS, {expected}" in out
+    checkpoint = tmp_path / "out" / "checkpoints" / "best_model.pth"
+    recorded = train_pvs.read_checkpoint(checkpoint)["config"]["PIX_DIM"]
+    assert recorded == ((0.9, 1.1, 1.3) if own else (1, 1, 1))
+    if own:  # a scan of another spacing is predicted on the recorded grid and returned on its own
+        machine = ["--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+        assert train_pvs.main(["--predict", str(image_path(data, "sub-004")), *machine]) == 0
+        log = (tmp_path / "out" / "predict" / "logs" / "predict.log").read_text()
+        assert f"Grid            working grid, RAS, {expected}" in log
+        (mask,) = (tmp_path / "out" / "predict").rglob("*_mask.nii.gz")
+        assert nib.affines.voxel_sizes(nib.load(mask).affine).tolist() == [3, 3, 3]
+        assert run("--resume", "--epochs", 2, *split_flags(data, "1 3 5", "2", "4"), *flags)[0] < 2
 
 
 def test_masks_that_are_all_empty_are_refused(data, run):

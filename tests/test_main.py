@@ -405,3 +405,19 @@ def test_command_lines_of_the_readme_are_valid():
     assert commands
     for argv in commands:
         train_pvs.build_parser().parse_args(argv)  # argparse exits at a flag it does not know
+
+
+def test_native_recipe_runs_with_its_own_network(data, run, tmp_path):
+    small = "--recipe native --encoder-depth 3 --decoder-width 4 --img-patch-size 16 16 16"
+    flags = [*small.split(), "--architecture", "dynunet", "--pix-dim", 0, 0, 0, "--no-amp"]
+    status, out, err = run(*flags)
+    assert status in (0, 1), err
+    assert "Network         DynUNet, 4 levels, 4 channels at full resolution" in out
+    assert "Grid            working grid, RAS, 1 x 1 x 1 mm" in out
+    masks = list((tmp_path / "out" / "predictions").rglob("*_label-PVS_desc-dynunet_mask.nii.gz"))
+    assert len(masks) == 1
+    description = (tmp_path / "out" / "predictions" / "dataset_description.json").read_text()
+    assert "DynUNet" in description
+    machine = ["--device", "cpu", "--num-workers", "0", "--output-dir", str(tmp_path / "out")]
+    assert train_pvs.main(["--evaluate", *machine]) == 0
+    assert run(*flags, "--overwrite")[0] in (0, 1)  # the former masks are given up

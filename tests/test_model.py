@@ -222,3 +222,41 @@ def test_head_bias_stays_finite_where_all_masks_are_empty_or_full(
 ):
     fraction = first_prediction(monkeypatch, tiny_config(), (labelled, 1000))
     assert 0 < fraction < 1
+
+
+# ------------------------------------------------------------------------------------------ dynunet
+
+
+@pytest.fixture
+def dynunet(tiny_config):
+    return tiny_config(ARCHITECTURE="dynunet", DECODER_WIDTH=4)
+
+
+def test_dynunet_gives_logits_of_the_images_shape_and_has_a_level_at_full_resolution(dynunet):
+    model, seen = train_pvs.build_model(dynunet).eval(), []
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d):
+            module.register_forward_hook(lambda module, _, out: seen.append(tuple(out.shape[1:])))
+    assert model(torch.zeros(2, 1, 16, 24, 32)).shape == (2, 1, 16, 24, 32)
+    assert seen[0] == (4, 16, 24, 32)
+    assert min(shape[1:] for shape in seen) == (2, 3, 4)  # halved ENCODER_DEPTH times
+    assert {shape[0] for shape in seen} == {1, 4, 8, 16, 32}
+
+
+def test_dynunet_is_a_function_of_the_seed(dynunet):
+    one, again = (train_pvs.build_model(dynunet).state_dict() for _ in range(2))
+    other = train_pvs.build_model(train_pvs.replace(dynunet, SEED=5)).state_dict()
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_step_memory_of_dynunet_leaves_the_network_as_it_was(dynunet):
+    model = train_pvs.build_model(dynunet)
+    assert train_pvs.step_memory(model, dynunet) > 0
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+def test_dynunet_needs_patches_that_its_norm_can_scale(dynunet):
+    cfg = train_pvs.replace(dynunet, IMG_PATCH_SIZE=(8, 8, 8))
+    (problem,) = train_pvs.check_config(cfg)
+    assert problem == "IMG_PATCH_SIZE: expected more than 8 for dynunet (its norm), got 8 8 8"

@@ -277,3 +277,17 @@ def test_checkpoint_holds_plain_values_and_gives_the_same_prediction(tmp_path, t
     assert not torch.equal(train_pvs.predict_logits(other, image, cfg), expected)
     train_pvs.load_weights(other, train_pvs.read_checkpoint(path), path)
     assert torch.equal(train_pvs.predict_logits(other, image, cfg), expected)
+
+
+@pytest.mark.parametrize(("minutes", "epochs"), [(0, 9), (0.5, 5), (0.6, 7)])
+def test_training_ends_with_a_validated_epoch_when_its_minutes_are_over(
+    minutes, epochs, fit, monkeypatch, messages
+):
+    # Looks at the clock are 5 s apart: the first epoch takes 10 s, with its validation, others 5.
+    clock = iter(range(0, 10**6, 5))
+    monkeypatch.setattr(train_pvs.time, "perf_counter", lambda: next(clock))
+    history = fit(lambda epoch: 0.5, EPOCHS=9, VAL_EVERY=100, MAX_MINUTES=minutes)
+    assert [row["epoch"] for row in history] == list(range(1, epochs + 1))
+    validated = [row["epoch"] for row in history if row["val_dice"] is not None]
+    assert validated == [1, epochs]
+    assert ("Stopped after" in messages.text) == (minutes > 0)

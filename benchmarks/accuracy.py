@@ -1,0 +1,163 @@
+"""Train recipes for equal minutes on simulated heads with thin PVS, and compare them.
+
+    python benchmarks/accuracy.py                          all rows, 3 seeds, 4 minutes each
+    python benchmarks/accuracy.py --rows native --seeds 1  one of them
+
+Every run is the script's own, `train_pvs.main`, with networks and patches that a CPU trains in
+minutes. A row is runs of several seeds, on the same heads and the same split. What is done is kept
+in the folder --work and not done again; `docs/accuracy.md` is written after every run.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import train_pvs  # noqa: E402
+
+SHAPE, SPACING = (128, 160, 64), 0.8  # voxels, mm
+# Of PVS: 1.6 mm at the median, 0.9 to 3 mm, in voxels; most are at most two voxels wide.
+DIAMETERS = (2.0, 0.25, 1.1, 3.75)
+PARTS = {"train": 12, "val": 1, "test": 4}  # heads
+COMMON = (  # what makes a run small, the same for all rows
+    "--encoder-name efficientnet-b0 --encoder-weights none --encoder-depth 3 "
+    "--img-patch-size 48 48 48 --batch-size 1 --crops-per-volume 2 --batchnorm-momentum 0.1 "
+    "--head-bias-log-odds --val-every 1000000 --sw-overlap 0.25 --num-workers 1"
+)
+ROWS = {  # name: (what it is, flags)
+    "published": ("UNet++ on a 1.5 mm grid", "--recipe published"),
+    "native": ("DynUNet on the scans' own grid", "--recipe native --decoder-width 16"),
+    "native, 1.5 mm": (
+        "DynUNet on a 1.5 mm grid",
+        "--recipe native --decoder-width 16 --pix-dim 1.5 1.5 1.5",
+    ),
+    "native, UNet++": (
+        "UNet++ on the scans' own grid",
+        "--recipe native --architecture unetplusplus",
+    ),
+}
+SCORES = {  # title of the column, block of the test metrics, key of a subject's row
+    "native Dice": "native_dice",
+    "lesion F1, any overlap": "lesion_f1_any",
+    "volume error, %": "volume_ml_error_percent",
+}
+
+
+def make_heads(folder):
+    """Make the simulated data set, laid out as ds005595, and its split, unless they are there."""
+    marker = folder / "dataset_description.json"
+    if marker.exists():
+        return
+    affine = nib.affines.from_matvec(SPACING * np.eye(3), -SPACING * (np.array(SHAPE) - 1) / 2)
+    names = [f"sub-{number:03d}" for number in range(1, 1 + sum(PARTS.values()))]
+    for number, name in enumerate(names):
+        print(f"simulating {name}", flush=True)
+        rng = np.random.default_rng([7, number])
+        image, label = train_pvs.simulate_head(rng, SHAPE, DIAMETERS)
+        mask = folder / "derivatives" / "mask" / name / f"{name}_desc-mask_PVS.nii.gz"
+        for path, volume in {
+            folder / name / "anat" / f"{name}_T2w.nii.gz": image,
+            mask: label,
+        }.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(volume, affine), path)
+    ends = np.cumsum([0, *PARTS.values()])
+    parts = {part: names[a:b] for part, a, b in zip(PARTS, ends[:-1], ends[1:], strict=True)}
+    train_pvs.write_json(folder / "split.json", parts)
+    name = "Simulated heads with thin perivascular spaces"
+    train_pvs.write_json(marker, {"Name": name, "BIDSVersion": "1.9.0"})
+
+
+def run(row, seed, options):
+    """Train and test a row with a seed unless that is done; return its subjects' rows."""
+    out = options.work / f"{row} {seed}".replace(", ", "-").replace(" ", "-")
+    scores = out / "logs" / "comprehensive_test_metrics.json"
+    if not scores.exists():
+        flags = [*COMMON.split(), *ROWS[row][1].split(), "--max-minutes", str(options.minutes)]
+        flags += ["--data-dir", str(options.work / "data"), "--output-dir", str(out), "--overwrite"]
+        flags += ["--cache-dir", str(options.work / "cache"), "--seed", str(seed)]
+        flags += ["--split", str(options.work / "data" / "split.json")]
+        subprocess.run([sys.executable, str(ROOT / "train_pvs.py"), *flags], check=False)
+    content = json.loads(scores.read_text())
+    history = json.loads((out / "logs" / "training_history.json").read_text())
+    return content["subjects"], content["grid"], len(history)
+
+
+def interval(values):
+    """Return the 95 % bootstrap interval of a mean."""
+    settings = {"n_resamples": 10_000, "rng": np.random.default_rng(0), "method": "percentile"}
+    return tuple(stats.bootstrap((values,), np.mean, **settings).confidence_interval)
+
+
+def describe_row(row, runs, baseline):
+    """Return a table line: the means over subjects and seeds, and the difference to native."""
+    cells = [f"**{row}**: {ROWS[row][0]}", next(iter(runs.values()))[1].split(", ")[-1]]
+    for key in SCORES.values():
+        values = np.array([abs(s[key]) for subjects, *_ in runs.values() for s in subjects])
+        low, high = interval(values)
+        digits = 0 if key.endswith("percent") else 3
+        cells.append(f"{values.mean():.{digits}f} ({low:.{digits}f} to {high:.{digits}f})")
+    cells.append(compare(runs, baseline) if baseline and runs is not baseline else "")
+    cells.append(", ".join(str(epochs) for *_, epochs in runs.values()))
+    return "| " + " | ".join(cells) + " |"
+
+
+def compare(runs, baseline):
+    """Return the paired difference of the native Dice to the baseline's, same seeds and heads."""
+    seeds = sorted(set(runs) & set(baseline))
+    pairs = [zip(runs[seed][0], baseline[seed][0], strict=True) for seed in seeds]
+    gains = np.array([a["native_dice"] - b["native_dice"] for pair in pairs for a, b in pair])
+    low, high = interval(gains)
+    return f"{gains.mean():+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def write_table(path, results, options):
+    """Write the table of all runs so far."""
+    heads = ", ".join(f"{count} {part}" for part, count in PARTS.items())
+    shape = " x ".join(map(str, SHAPE))
+    lines = [
+        "# Recipes compared on simulated PVS",
+        "",
+        f"Simulated heads of {shape} voxels of {SPACING} mm ({heads}) with thin PVS (0.9 to 3 mm, "
+        "most below 1.6 mm), lesions and unlabelled PVS in the basal ganglia that look alike. "
+        f"{options.minutes:g} minutes of training each, on {train_pvs.os.cpu_count()} cores of a "
+        "CPU; networks and patches are small: see `benchmarks/accuracy.py`, which makes this "
+        "table. Scores are means over the test heads and seeds, with the 95 % bootstrap interval "
+        "over these pairs, all on the **native grid**. The last difference is paired: the same "
+        "heads and seeds.",
+        "",
+        f"| recipe | trained on | {' | '.join(SCORES)} | native Dice, against native | epochs |",
+        "| --- | --- | " + " | ".join("---" for _ in SCORES) + " | --- | --- |",
+    ]
+    baseline = results.get("native")
+    lines += [describe_row(row, runs, baseline) for row, runs in results.items()]
+    train_pvs.write_file(path, "\n".join(lines) + "\n")
+
+
+def main(argv=None):
+    """Make the data, train what has not been, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=4)
+    parser.add_argument("--work", type=Path, default=Path("outputs_accuracy"))
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "accuracy.md")
+    options = parser.parse_args(argv)
+    make_heads(options.work / "data")
+    results = {}
+    for seed in range(1, 1 + options.seeds):
+        for row in options.rows:
+            results.setdefault(row, {})[seed] = run(row, seed, options)
+            write_table(options.output, results, options)
+    print(options.output.read_text())
+
+
+if __name__ == "__main__":
+    main()
