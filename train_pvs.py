@@ -112,6 +112,7 @@ class Config:
     DECODER_WIDTH: int = 16  # channels at full resolution, doubled at every halving
     BATCHNORM_MOMENTUM: float = 0.0  # of all BatchNorm layers; 0: the library's (encoder 0.01)
     HEAD_BIAS_LOG_ODDS: bool = False  # start at the training masks' log-odds of foreground
+    INIT_FROM: str = ""  # a checkpoint whose weights training starts from; empty: none
     # Training
     EPOCHS: int = 1000  # at most
     BATCH_SIZE: int = 2  # volumes a step, each giving CROPS_PER_VOLUME patches
@@ -331,6 +332,8 @@ def check_config(cfg):
         expect("PIX_DIM", good, f"numbers from {SMALLEST_SIDE}, or 0 0 0")
     known = cfg.ENCODER_WEIGHTS in ("imagenet", "none") or os.path.isfile(cfg.ENCODER_WEIGHTS)
     expect("ENCODER_WEIGHTS", known, "imagenet, none or a file that exists")
+    known = not cfg.INIT_FROM or os.path.isfile(cfg.INIT_FROM)
+    expect("INIT_FROM", known, "a checkpoint that exists")
     expect("DEVICE", device_works(cfg.DEVICE), "auto, cpu or a device of this machine")
     if "INTENSITY_PERCENTILES" not in problems:
         low, high = cfg.INTENSITY_PERCENTILES
@@ -2062,6 +2065,47 @@ def load_weights(model, content, path):
         raise ValueError(f"{path}: expected finite weights, some are NaN or infinite")
 
 
+NETWORK_SETTINGS = ("ARCHITECTURE", "ENCODER_NAME", "ENCODER_DEPTH", "DECODER_WIDTH")
+
+
+def load_initial_weights(model, cfg):
+    """Load the weights of INIT_FROM, where there is one, into the model.
+
+    Returns:
+        {hash: name} of the scans that these weights were trained on
+
+    Raises:
+        ValueError: it is no checkpoint, or of another network, names what differs.
+    """
+    if not cfg.INIT_FROM:
+        return {}
+    content = read_checkpoint(cfg.INIT_FROM)
+    problems = []
+    for name in NETWORK_SETTINGS:
+        trained, now = content["config"].get(name, getattr(Config, name)), getattr(cfg, name)
+        if trained != now and not (name == "ENCODER_NAME" and cfg.ARCHITECTURE == "dynunet"):
+            problems.append(f"{name}: the checkpoint has {one_line(trained)}, now it is {now}")
+    if problems:
+        told = "\n  ".join(problems)
+        raise ValueError(f"{cfg.INIT_FROM}: of another network than this run's:\n  {told}")
+    load_weights(model, content, cfg.INIT_FROM)
+    return {sha256: name for name, sha256 in content["sha256"].get("train", {}).items()}
+
+
+def check_unseen(split, known, cfg):
+    """Raise a ValueError where validation or test has scans that INIT_FROM was trained on.
+
+    `known`: as `load_initial_weights` returns them.
+    """
+    seen = [c["image"] for part in ("val", "test") for c in split[part] if c["sha256"] in known]
+    told = f"for validation or test, but {cfg.INIT_FROM} was trained on it"
+    raise_problems([f"{path}: {told}" for path in seen], "Choose other subjects with --split.")
+
+
+# Settings of files that only the begin of a training reads.
+UNUSED = {"SPLIT": "", "ENCODER_WEIGHTS": "none", "INIT_FROM": ""}
+
+
 def restore_config(content, cfg, given):
     """Return the checkpoint's Config with what may differ from it taken from `cfg`.
 
@@ -2085,9 +2129,7 @@ def restore_config(content, cfg, given):
     known_here = {name: value for name, value in (saved | here).items() if name in known}
     restored = replace(Config(), **known_here)
     problems += check_types(restored)
-    problems += (
-        [] if problems else check_config(replace(restored, SPLIT="", ENCODER_WEIGHTS="none"))
-    )  # not used again
+    problems += [] if problems else check_config(replace(restored, **UNUSED))  # not used again
     if problems:
         raise ValueError("wrong settings:\n  " + "\n  ".join(problems))
     return restored
@@ -3112,7 +3154,7 @@ def train_and_test(model, split, cfg, last=None):
     if first_process():
         write_json(out / "logs" / "split.json", subjects)
     model.to(choose_device(cfg))
-    if cfg.HEAD_BIAS_LOG_ODDS:
+    if cfg.HEAD_BIAS_LOG_ODDS and not cfg.INIT_FROM:
         start_at_log_odds(model, split["train"], cfg)
     if process_number("WORLD_SIZE") > 1 and choose_device(cfg).type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -3206,7 +3248,9 @@ def set_up_training(cfg, options):
         log_settings(cfg, f"recipe {options.recipe}", everything=options.check)
         if options.demo:
             make_demo_data(cfg.DATA_DIR, cfg.SEED)
-        model = build_model(replace(cfg, ENCODER_WEIGHTS="none") if options.resume else cfg)
+        started = options.resume or cfg.INIT_FROM  # with other weights than the encoder's
+        model = build_model(replace(cfg, **UNUSED) if started else cfg)
+        known = {} if options.resume else load_initial_weights(model, cfg)
     split = split_cases(find_cases(cfg), cfg)
     if not any(cfg.PIX_DIM):
         cfg = replace(cfg, PIX_DIM=own_spacing(split["train"]))
@@ -3217,6 +3261,7 @@ def set_up_training(cfg, options):
     cases = [case for part in split.values() for case in part]
     split = keep_prepared(split, prepare_cases(cases, cfg, step), cfg)
     last = read_last(cfg, split) if options.resume else None
+    check_unseen(split, known, cfg)
     log.info("Data            %s", data_set_name(cfg))
     log_plan(cfg, model, ", ".join(f"{len(part)} {name}" for name, part in split.items()))
     for part in ("val", "test"):
@@ -3281,7 +3326,7 @@ def set_up_trained(cfg, options):
         in_place = own_weights and folders[0] == folders[1]
     if not in_place and (out / "checkpoints").exists():
         cfg = replace(cfg, OUTPUT_DIR=str(out / command))  # of its own, in the run's
-    model = build_model(replace(cfg, ENCODER_WEIGHTS="none"))
+    model = build_model(replace(cfg, **UNUSED))
     load_weights(model, content, path)
     model.to(choose_device(cfg))
     with first_process_first():

@@ -253,8 +253,14 @@ def test_setting_that_only_training_can_change_is_refused_by_name(name, tiny_con
 
 
 def test_every_setting_is_the_machines_or_only_training_can_change_it():
-    # SPLIT takes a file and HEAD_BIAS_LOG_ODDS no value: tested on their own.
-    names = {*OTHER_VALUES, *train_pvs.NOT_OF_CHECKPOINT, "SPLIT", "HEAD_BIAS_LOG_ODDS"}
+    # SPLIT and INIT_FROM take files and HEAD_BIAS_LOG_ODDS no value: tested on their own.
+    names = {
+        *OTHER_VALUES,
+        *train_pvs.NOT_OF_CHECKPOINT,
+        "SPLIT",
+        "INIT_FROM",
+        "HEAD_BIAS_LOG_ODDS",
+    }
     assert names == {field.name for field in train_pvs.fields(train_pvs.Config)}
 
 

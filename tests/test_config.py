@@ -105,6 +105,7 @@ OTHER = {  # valid values that are not the default, where adding a little does n
     "ENCODER_WEIGHTS": "none",
     "ENCODER_DEPTH": 4,
     "ARCHITECTURE": "dynunet",
+    "INIT_FROM": __file__,
     "SPLIT": __file__,
     "DEVICE": "cpu",
 }
@@ -143,6 +144,7 @@ WRONG = {
     "ENCODER_DEPTH": "6",
     "ENCODER_NAME": "no-such-net",
     "ARCHITECTURE": "unet",
+    "INIT_FROM": "no/such/checkpoint.pth",
     "ENCODER_WEIGHTS": "no/such/weights.pth",
     "LABEL_GLOB": "",
     "SPLIT": "no/such/split.json",

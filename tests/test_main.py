@@ -421,3 +421,66 @@ def test_native_recipe_runs_with_its_own_network(data, run, tmp_path):
     machine = ["--device", "cpu", "--num-workers", "0", "--output-dir", str(tmp_path / "out")]
     assert train_pvs.main(["--evaluate", *machine]) == 0
     assert run(*flags, "--overwrite")[0] in (0, 1)  # the former masks are given up
+
+
+# --------------------------------------------------------------------- starting from other weights
+
+
+@pytest.fixture
+def others(tmp_path, run):
+    """A data set of other heads, and the checkpoint of a network that was trained on it."""
+    for number in range(1, 5):
+        make_subject(tmp_path / "others", f"sub-{number:03d}", seed=10 + number)
+    assert run(data=tmp_path / "others", out=tmp_path / "first")[0] in (0, 1)
+    return tmp_path / "first" / "checkpoints" / "best_model.pth"
+
+
+def test_training_starts_from_the_weights_of_a_checkpoint(others, data, run, monkeypatch):
+    seen, real = [], train_pvs.fit
+
+    def fit(model, *args):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return real(model, *args)
+
+    monkeypatch.setattr(train_pvs, "fit", fit)
+    status, out, err = run("--init-from", others, "--seed", 5)
+    assert status in (0, 1), err
+    assert f"INIT_FROM             {others}" in out
+    wanted = torch.load(others, weights_only=True)["model"]
+    assert all(torch.equal(seen[0][name], value) for name, value in wanted.items())
+    assert run("--init-from", others, "--seed", 5, "--resume", "--epochs", 2)[0] in (0, 1)
+
+
+def test_checkpoint_of_another_network_to_start_from_is_told_by_what_differs(others, data, run):
+    status, _, err = run("--init-from", others, "--decoder-width", 3, "--encoder-depth", 4)
+    assert status == 2
+    assert f"{others}: of another network than this run's:\n" in err
+    assert "  ENCODER_DEPTH: the checkpoint has 3, now it is 4\n" in err
+    assert "  DECODER_WIDTH: the checkpoint has 2, now it is 3\n" in err
+    status, _, err = run("--init-from", others, "--architecture", "dynunet", "--overwrite")
+    assert status == 2
+    assert "  ARCHITECTURE: the checkpoint has unetplusplus, now it is dynunet\n" in err
+
+
+def test_scans_that_the_first_weights_know_are_not_tested_on(others, data, run, tmp_path):
+    known = json.loads((others.parents[1] / "logs" / "split.json").read_text())["train"]
+    for path in (image_path, label_path):  # under another name: it is known by its voxels
+        target = path(data, "sub-004")
+        target.write_bytes(path(tmp_path / "others", known[0]).read_bytes())
+    split = {"train": ["sub-001", "sub-002"], "val": ["sub-003"], "test": ["sub-004"]}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    flags = "--split", tmp_path / "split.json", "--init-from", others
+    status, _, err = run(*flags)
+    assert status == 2
+    told = f"for validation or test, but {others} was trained on it"
+    assert f"  {image_path(data, 'sub-004')}: {told}\nChoose other subjects with --split." in err
+    assert run(*flags[:2])[0] in (0, 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint"])
+def test_damaged_checkpoint_to_start_from_is_named(content, data, run, tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    status, _, err = run("--init-from", path)
+    assert status == 2
+    assert err.startswith(f"Error: {path}: expected a checkpoint of this script")
