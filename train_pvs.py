@@ -59,7 +59,7 @@ from monai.losses import DiceCELoss
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from monai.networks.nets import DynUNet
 from scipy import ndimage, stats
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import KFold, train_test_split
 from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -96,6 +96,8 @@ class Config:
     TEST_FRACTION: float = 0.05  # of all subjects, rounded up
     VAL_FRACTION: float = 0.0526  # of the other subjects, rounded up
     SPLIT: str = ""  # JSON file with the subjects of train, val and test; empty: drawn with SEED
+    FOLDS: int = 0  # of a cross-validation, in which each subject is tested once; 0: none
+    FOLD: int = 0  # the one of FOLDS that this run tests, from 1 on; results in OUTPUT_DIR/fold-N
     SEED: int = 123  # of split, first weights, crops, augmentation and demo data
     # Working grid
     PIX_DIM: tuple = (1.5, 1.5, 1.5)  # spacing, mm; 0 0 0: the training scans' own, their median
@@ -147,7 +149,6 @@ LIMITS = {  # the smallest and the largest value that a number may have
         (3, 5): "ENCODER_DEPTH",
         (1, 1000): "CROPS_PER_VOLUME BATCH_SIZE ACCUMULATE_STEPS SW_BATCH_SIZE DECODER_WIDTH",
         (1, 10**6): "EPOCHS VAL_EVERY EARLY_STOPPING",
-        (0, 1000): "POS_NEG_RATIO LR_PATIENCE NUM_WORKERS",
         (0, 1): "BATCHNORM_MOMENTUM LR_MIN",
         (1e-9, 10): "LR",
         (0, 10): "WEIGHT_DECAY",
@@ -155,6 +156,7 @@ LIMITS = {  # the smallest and the largest value that a number may have
         (0.01, 0.99): "LR_FACTOR",
         (0, 0.9): "SW_OVERLAP",
         (0, 10**6): "MAX_MINUTES",
+        (0, 1000): "POS_NEG_RATIO LR_PATIENCE NUM_WORKERS FOLDS FOLD",
     }.items()
     for name in names.split()
 }
@@ -239,8 +241,9 @@ def build_parser():
         command.add_argument(flag, action="store_true", help=text)
     text = "segment new scans: files, or BIDS folders; nothing is trained"
     command.add_argument("--predict", nargs="+", metavar="SCAN", help=text)
-    text = "weights for --evaluate and --predict; default: OUTPUT_DIR/checkpoints/best_model.pth"
-    parser.add_argument("--checkpoint", metavar="FILE", help=text)
+    text = "weights for --evaluate and --predict, of several the mean probability; default: "
+    text += "OUTPUT_DIR/checkpoints/best_model.pth"
+    parser.add_argument("--checkpoint", nargs="+", metavar="FILE", help=text)
     text = "replace the results in the output folder"
     parser.add_argument("--overwrite", action="store_true", help=text)
     which = parser.add_mutually_exclusive_group()
@@ -296,7 +299,15 @@ def parse_command_line(argv):
     problems += check_config(cfg)
     if problems:
         raise ValueError("wrong settings:\n  " + "\n  ".join(problems))
+    if cfg.FOLD:  # one cache for all folds
+        folds = {"CACHE_DIR": str(cache_folder(cfg)), "OUTPUT_DIR": str(fold_folder(cfg, cfg.FOLD))}
+        cfg = replace(cfg, **folds)
     return cfg, options
+
+
+def fold_folder(cfg, fold):
+    """Return where the results of a fold go."""
+    return Path(cfg.OUTPUT_DIR) / f"fold-{fold}"
 
 
 def check_config(cfg):
@@ -319,6 +330,10 @@ def check_config(cfg):
         expect(name, getattr(cfg, name).strip(), "a value")
     for name in ("IMAGE_GLOB", "LABEL_GLOB"):
         expect(name, not Path(getattr(cfg, name)).is_absolute(), "a pattern below DATA_DIR")
+    expect("FOLDS", cfg.FOLDS != 1, "2 or more, or 0")
+    good = 1 <= cfg.FOLD <= cfg.FOLDS if cfg.FOLDS else cfg.FOLD == 0
+    expect("FOLD", good, "a number from 1 to FOLDS, which may be 0 for none")
+    expect("SPLIT", not (cfg.SPLIT and cfg.FOLDS), "none together with FOLDS")
     expect("SPLIT", not cfg.SPLIT or os.path.isfile(cfg.SPLIT), "a JSON file that exists")
     apart = os.path.realpath(cfg.OUTPUT_DIR) != os.path.realpath(cfg.DATA_DIR)
     expect("OUTPUT_DIR", apart, "another folder than DATA_DIR")
@@ -1144,7 +1159,8 @@ def split_cases(cases, cfg):
     """Divide the cases by subject into {"train": cases, "val": cases, "test": cases}.
 
     As the file SPLIT says, else drawn from the sorted subjects with SEED, at least one subject
-    each. On the 200 subjects of ds005595 this is the published split.
+    each. On the 200 subjects of ds005595 this is the published split. With FOLDS the test part is
+    FOLD's, and the folds' test parts hold every subject once.
 
     Raises:
         ValueError: too few subjects, or no usable split file.
@@ -1154,17 +1170,25 @@ def split_cases(cases, cfg):
         split = read_split(cfg.SPLIT, subjects)
     else:
         try:
-            rest, test = train_test_split(
-                subjects, test_size=cfg.TEST_FRACTION, random_state=cfg.SEED
-            )
+            rest, test = draw_test(subjects, cfg)
             train, val = train_test_split(rest, test_size=cfg.VAL_FRACTION, random_state=cfg.SEED)
         except ValueError:
             raise ValueError(
-                f"{cfg.DATA_DIR}: expected at least 3 subjects with a mask, and a TEST_FRACTION "
-                f"and VAL_FRACTION that leave some to train; got {', '.join(subjects)}"
+                f"{cfg.DATA_DIR}: expected at least 3 subjects with a mask, no fewer than FOLDS, "
+                "and a TEST_FRACTION and VAL_FRACTION that leave some to train; got "
+                f"{', '.join(subjects)}"
             ) from None
         split = {"train": train, "val": val, "test": test}
     return {part: [c for c in cases if c["subject"] in names] for part, names in split.items()}
+
+
+def draw_test(subjects, cfg):
+    """Return (the other subjects, those of the test part)."""
+    if not cfg.FOLDS:
+        return train_test_split(subjects, test_size=cfg.TEST_FRACTION, random_state=cfg.SEED)
+    folds = KFold(cfg.FOLDS, shuffle=True, random_state=cfg.SEED).split(subjects)
+    rest, test = list(folds)[cfg.FOLD - 1]
+    return [subjects[number] for number in rest], [subjects[number] for number in test]
 
 
 def read_split(path, subjects):
@@ -1945,9 +1969,12 @@ def predict_case(model, entry, cfg):
     """Return the probabilities of PVS on the working grid (H, W, D) and the native grid (X, Y, Z).
 
     `entry` holds the image and affines of `to_working_grid`. Both are float32 arrays. The
-    probability goes to the native grid, not the mask: what it says between voxels is kept.
+    probability goes to the native grid, not the mask: what it says between voxels is kept. Of a
+    ModuleList of models it is the mean.
     """
-    prob = torch.sigmoid(predict_logits(model, entry["image"], cfg)[0])
+    models = model if isinstance(model, nn.ModuleList) else [model]
+    probs = [torch.sigmoid(predict_logits(part, entry["image"], cfg)[0]) for part in models]
+    prob = sum(probs) / len(probs)
     return prob[0].cpu().numpy(), to_native_grid(prob, entry)[0].cpu().numpy()
 
 
@@ -2545,7 +2572,7 @@ def aggregate(rows, cfg):
 def write_test_metrics(folder, rows, weights, model, cfg):
     """Write the scores of all test cases, with their origin, as JSON and CSV; return the blocks.
 
-    `weights`: {"file", "epoch", "val_dice"} of the checkpoint.
+    `weights`: {"file", "epoch", "val_dice"} of the checkpoint, or a list of several.
     """
     content = {"data_set": data_set_name(cfg), "grid": describe_grid(cfg), "n": len(rows)}
     for name in METRICS:  # as published
@@ -2561,6 +2588,38 @@ def write_test_metrics(folder, rows, weights, model, cfg):
     write_json(Path(folder) / "comprehensive_test_metrics.json", content)
     write_csv(Path(folder) / "test_metrics.csv", rows)
     return blocks
+
+
+def write_cross_validation(cfg):
+    """Write the scores of all folds that are finished, beside their folders; return the blocks.
+
+    As JSON and as CSV: `cross_validation.json` has the blocks of the test metrics over all
+    subjects of these folds.
+    """
+    top, found = Path(cfg.OUTPUT_DIR).parent, {}
+    for fold in range(1, cfg.FOLDS + 1):
+        path = top / f"fold-{fold}" / "logs" / "comprehensive_test_metrics.json"
+        if path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if all(content["config"].get(key) == getattr(cfg, key) for key in ("FOLDS", "SEED")):
+                found[fold] = content["subjects"]
+    rows = [{"fold": fold} | row for fold, subjects in found.items() for row in subjects]
+    blocks = aggregate(rows, cfg)
+    content = {"data_set": data_set_name(cfg), "grid": describe_grid(cfg), "n": len(rows)}
+    content |= {"folds": cfg.FOLDS, "finished": list(found), "empty_masks": EMPTY_MASKS}
+    write_json(top / "cross_validation.json", content | blocks | {"subjects": rows})
+    write_csv(top / "cross_validation.csv", rows)
+    return blocks, found
+
+
+def log_cross_validation(blocks, found, cfg):
+    """Print the means over all subjects of the finished folds, with their intervals."""
+    log.info("\nCross-validation, %d of %d folds finished", len(found), cfg.FOLDS)
+    for title, (block, name, _) in TEST_TABLE.items():
+        row = blocks[block][name]
+        if row["mean"] is not None:
+            low, high = row["ci95"] or (math.nan, math.nan)
+            log.info("%12s %8.4f (95 %% from %.4f to %.4f)", title, row["mean"], low, high)
 
 
 def write_csv(path, rows):
@@ -3112,7 +3171,7 @@ def describe_weights(content, path):
 def evaluate(model, cases, weights, cfg):
     """Test prepared cases on both grids, write predictions, scores, figures; return status 0.
 
-    `weights`: which they are, as `describe_weights` tells.
+    `weights`: which they are, as `describe_weights` tells; a list for several checkpoints.
     """
     out, rows, slices = Path(cfg.OUTPUT_DIR), [], []
     for case in Progress(share(cases), "testing"):
@@ -3137,6 +3196,8 @@ def evaluate(model, cases, weights, cfg):
         history = json.loads(history.read_text(encoding="utf-8"))
         draw_training_curves(out / "training_curves.jpg", history, cfg)
     log_test_table(rows, blocks, cfg)
+    if cfg.FOLDS and out.name == f"fold-{cfg.FOLD}":
+        log_cross_validation(*write_cross_validation(cfg), cfg)
     log.info("\nScores and figures are in %s", out.resolve())
     return 0
 
@@ -3274,79 +3335,120 @@ def set_up_training(cfg, options):
     return functools.partial(train_and_test, model, split, cfg, last)
 
 
-def choose_checkpoint(cfg, options):
-    """Return the file of --checkpoint, else the output folder's, else the default folder's."""
+def choose_checkpoints(cfg, options):
+    """Return the files of --checkpoint, else the output folder's, else the default folder's."""
     if options.checkpoint:
-        return Path(options.checkpoint)
+        return [Path(path) for path in options.checkpoint]
     folders = [Path(folder) / "checkpoints" for folder in (cfg.OUTPUT_DIR, Config.OUTPUT_DIR)]
-    return next(filter(Path.is_dir, folders), folders[0]) / "best_model.pth"
+    return [next(filter(Path.is_dir, folders), folders[0]) / "best_model.pth"]
 
 
-def choose_test_cases(cases, scans):
-    """Return the cases that a checkpoint may be tested on, and whether they are the run's own.
+ALIKE = (*NETWORK_SETTINGS, "PIX_DIM", "INTENSITY_PERCENTILES", "IMG_PATCH_SIZE", "SW_OVERLAP")
 
-    `scans`: of the checkpoint, by part of its split. They are known again by their voxels, wherever
-    the files lie. Of the run's own data set the test part is returned, of another one all cases.
+
+def restore_configs(paths, contents, cfg, given):
+    """Return the Config of checkpoints that are used together, see `restore_config`.
 
     Raises:
-        ValueError: scans of the training, but not all of the test part.
+        ValueError: they are of different networks or grids, names what differs.
     """
-    own, here = {}, {case["sha256"] for case in cases}
-    for part in scans.values():
-        own |= {sha256: name for name, sha256 in part.items()}
+    first, *others = (restore_config(content, cfg, given) for content in contents)
+    problems = []
+    for path, other in zip(paths[1:], others, strict=True):
+        for name in ALIKE:
+            one, two = getattr(first, name), getattr(other, name)
+            if one != two:
+                problems.append(f"{name}: {paths[0]} has {one}, {path} has {two}")
+    if problems:
+        raise ValueError("checkpoints that do not go together:\n  " + "\n  ".join(problems))
+    return first
+
+
+def load_models(paths, contents, cfg):
+    """Return the networks of checkpoints as one ModuleList on their device."""
+    models = nn.ModuleList()
+    for path, content in zip(paths, contents, strict=True):
+        models.append(build_model(replace(cfg, **UNUSED)))
+        load_weights(models[-1], content, path)
+    return models.to(choose_device(cfg))
+
+
+def choose_test_cases(cases, contents):
+    """Return the cases that checkpoints may be tested on, and whether they are the run's own.
+
+    Scans are known again by their voxels, wherever the files lie. Of the run's own data set the
+    test part is returned, of another one all cases.
+
+    Raises:
+        ValueError: scans of the training, but not all of the test part; or no scan that is in the
+            test part of all checkpoints.
+    """
+    here, own, tests = {case["sha256"] for case in cases}, {}, []
+    for content in contents:
+        for part in content["sha256"].values():
+            own |= {sha256: name for name, sha256 in part.items()}
+        tests.append(set(content["sha256"]["test"].values()))
     if not here & set(own):
         return cases, False
-    missing = [name for name, sha256 in scans["test"].items() if sha256 not in here]
+    test = set.intersection(*tests)
+    if not test:
+        raise ValueError(
+            "DATA_DIR: holds scans that some of the checkpoints were trained with, and none that "
+            "all of them have for their test; expected another data set"
+        )
+    missing = [own[sha256] for sha256 in sorted(test - here)]
     if missing:
         raise ValueError(
             "DATA_DIR: holds scans that the checkpoint was trained or tested with, but not its "
-            f"test scans {', '.join(missing)}; expected those too, or another data set"
+            f"test scans {', '.join(sorted(missing))}; expected those too, or another data set"
         )
     strangers = [case["name"] for case in cases if case["sha256"] not in own]
     if strangers:
         log.warning("Warning: left out, not in the run's split: %s", " ".join(strangers))
-    return [case for case in cases if case["sha256"] in scans["test"].values()], True
+    return [case for case in cases if case["sha256"] in test], True
+
+
+def is_in_place(paths, contents, cfg):
+    """Return whether --evaluate tests a run's own weights on its own data set again."""
+    folders = [Path(f).resolve() for f in (cfg.DATA_DIR, contents[0]["config"]["DATA_DIR"])]
+    own = Path(cfg.OUTPUT_DIR, "checkpoints", "best_model.pth").resolve()
+    return [path.resolve() for path in paths] == [own] and folders[0] == folders[1]
 
 
 def set_up_trained(cfg, options):
     """Do all that comes before --evaluate and --predict; return the work left, a function."""
-    path = choose_checkpoint(cfg, options)
-    content = read_checkpoint(path)
-    cfg, out = restore_config(content, cfg, options.given), Path(cfg.OUTPUT_DIR)
+    paths = choose_checkpoints(cfg, options)
+    contents = [read_checkpoint(path) for path in paths]
+    cfg = restore_configs(paths, contents, cfg, options.given)
     command = "predict" if options.predict else f"evaluate-{Path(cfg.DATA_DIR).resolve().name}"
-    in_place = False
     if options.predict:
         cases = find_scans(options.predict, cfg)
     else:
         check_data_folder(cfg)
-        folders = [
-            Path(folder).resolve() for folder in (cfg.DATA_DIR, content["config"]["DATA_DIR"])
-        ]
-        own_weights = path.resolve() == (out / "checkpoints" / "best_model.pth").resolve()
-        in_place = own_weights and folders[0] == folders[1]
-    if not in_place and (out / "checkpoints").exists():
-        cfg = replace(cfg, OUTPUT_DIR=str(out / command))  # of its own, in the run's
-    model = build_model(replace(cfg, **UNUSED))
-    load_weights(model, content, path)
-    model.to(choose_device(cfg))
+    in_place = not options.predict and is_in_place(paths, contents, cfg)
+    if not in_place and Path(cfg.OUTPUT_DIR, "checkpoints").exists():
+        cfg = replace(cfg, OUTPUT_DIR=str(Path(cfg.OUTPUT_DIR, command)))  # its own, in the run's
+    model = load_models(paths, contents, cfg)
     with first_process_first():
         open_output_folder(cfg, command.split("-")[0], options.overwrite or in_place)
     for old in [] if in_place or not first_process() else find_results(cfg):  # --overwrite
         old.unlink()
-    log_settings(cfg, f"{command}, checkpoint {path}")
-    weights = describe_weights(content, path)
-    told = "epoch %d, validation Dice %s on the working grid"
-    dice = "unknown" if weights["val_dice"] is None else f"{weights['val_dice']:.4f}"
-    log.info(f"Weights         {told}", weights["epoch"], dice)
+    log_settings(cfg, f"{command}, checkpoint {', '.join(map(str, paths))}")
+    weights = [describe_weights(*pair) for pair in zip(contents, paths, strict=True)]
+    for row in weights:
+        dice = "unknown" if row["val_dice"] is None else f"{row['val_dice']:.4f}"
+        told = f"epoch {row['epoch']}, validation Dice {dice} on the working grid"
+        log.info("Weights         %s", told)
     if options.predict:
         log_plan(cfg, model, f"{len(cases)} to segment")
         return functools.partial(predict_scans, model, cases, cfg)
     cases = prepare_cases(find_cases(cfg), cfg, keep_empty=True)
-    cases, own = choose_test_cases(cases, content["sha256"])
+    cases, own = choose_test_cases(cases, contents)
     if in_place and not own:
         raise ValueError(f"{cfg.DATA_DIR}: expected the scans of the run, found only others")
     log.info("Data            %s", data_set_name(cfg))
     log_plan(cfg, model, f"{len(cases)} {'of the test split' if own else 'of an external test'}")
+    weights = weights[0] if len(weights) == 1 else weights
     return functools.partial(evaluate, model, cases, weights, cfg)
 
 

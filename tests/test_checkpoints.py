@@ -253,14 +253,9 @@ def test_setting_that_only_training_can_change_is_refused_by_name(name, tiny_con
 
 
 def test_every_setting_is_the_machines_or_only_training_can_change_it():
-    # SPLIT and INIT_FROM take files and HEAD_BIAS_LOG_ODDS no value: tested on their own.
-    names = {
-        *OTHER_VALUES,
-        *train_pvs.NOT_OF_CHECKPOINT,
-        "SPLIT",
-        "INIT_FROM",
-        "HEAD_BIAS_LOG_ODDS",
-    }
+    # These take files, need each other, or take no value: tested on their own.
+    own = {"SPLIT", "INIT_FROM", "FOLDS", "FOLD", "HEAD_BIAS_LOG_ODDS"}
+    names = {*OTHER_VALUES, *train_pvs.NOT_OF_CHECKPOINT, *own}
     assert names == {field.name for field in train_pvs.fields(train_pvs.Config)}
 
 

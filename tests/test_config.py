@@ -107,6 +107,8 @@ OTHER = {  # valid values that are not the default, where adding a little does n
     "ARCHITECTURE": "dynunet",
     "INIT_FROM": __file__,
     "SPLIT": __file__,
+    "FOLDS": 5,
+    "FOLD": 2,
     "DEVICE": "cpu",
 }
 
@@ -121,6 +123,7 @@ def test_flag_reaches_its_field_in_its_type(name):
         step = {str: "x", int: 1, float: 0.01}.get(type(default))
         wanted = OTHER[name] if name in OTHER else default + step
         flags = [flag_of(name), *map(str, wanted if isinstance(wanted, tuple) else [wanted])]
+    flags += {"FOLDS": ["--fold", "1"], "FOLD": ["--folds", "5"]}.get(name, [])
     cfg, _ = train_pvs.parse_command_line(flags)
     assert getattr(cfg, name) == wanted != default
     assert type(getattr(cfg, name)) is type(default)
