@@ -1,4 +1,4 @@
-"""Train a 3D UNet++ that segments perivascular spaces (PVS) in T2-weighted brain MRI.
+"""Train a 3D network that segments perivascular spaces (PVS) in T2-weighted brain MRI.
 
     python train_pvs.py --data-dir DIR   train, test and draw on a BIDS folder such as ds005595
     python train_pvs.py --check          look the data over, print what a run would use, stop
@@ -330,12 +330,14 @@ def check_config(cfg):
         expect(name, getattr(cfg, name).strip(), "a value")
     for name in ("IMAGE_GLOB", "LABEL_GLOB"):
         expect(name, not Path(getattr(cfg, name)).is_absolute(), "a pattern below DATA_DIR")
-    expect("FOLDS", cfg.FOLDS != 1, "2 or more, or 0")
-    good = 1 <= cfg.FOLD <= cfg.FOLDS if cfg.FOLDS else cfg.FOLD == 0
-    expect("FOLD", good, "a number from 1 to FOLDS, which may be 0 for none")
+    if not {"FOLDS", "FOLD"} & set(problems):
+        expect("FOLDS", cfg.FOLDS != 1, "2 or more, or 0")
+        good = 1 <= cfg.FOLD <= cfg.FOLDS if cfg.FOLDS else cfg.FOLD == 0
+        expect("FOLD", good, "a number from 1 to FOLDS, which may be 0 for none")
     expect("SPLIT", not (cfg.SPLIT and cfg.FOLDS), "none together with FOLDS")
     expect("SPLIT", not cfg.SPLIT or os.path.isfile(cfg.SPLIT), "a JSON file that exists")
-    apart = os.path.realpath(cfg.OUTPUT_DIR) != os.path.realpath(cfg.DATA_DIR)
+    out = fold_folder(cfg, cfg.FOLD) if cfg.FOLD else cfg.OUTPUT_DIR
+    apart = os.path.realpath(out) != os.path.realpath(cfg.DATA_DIR)
     expect("OUTPUT_DIR", apart, "another folder than DATA_DIR")
     for name in ("OUTPUT_DIR", "CACHE_DIR"):  # torch maps no others into memory
         expect(name, not re.search("[\ud800-\udfff]", getattr(cfg, name)), "a name in UTF-8")
@@ -370,7 +372,7 @@ def check_types(cfg):
     problems = []
     for field in fields(Config):
         value, kind = getattr(cfg, field.name), type(field.default)
-        good = isinstance(value, kind) or kind in (int, float)
+        good = isinstance(value, kind) or (kind in (int, float) and not isinstance(value, tuple))
         if not good or (kind is tuple and len(value) != len(field.default)):
             problems.append(f"{field.name}: expected one like {field.default}, got {value}")
     return problems
@@ -1599,7 +1601,7 @@ def keep_prepared(split, prepared, cfg):
     split = {p: [ready[c["name"]] for c in part if c["name"] in ready] for p, part in split.items()}
     bare = [name for name, part in split.items() if not part]
     if bare:
-        expected = "expected masks with voxels above 0 (see LABEL_GLOB), all are empty"
+        expected = "expected masks with PVS on the working grid (LABEL_GLOB, PIX_DIM), none is left"
         remedy = "Choose other subjects with --split, or draw them with another --seed."
         raise ValueError(f"{cfg.DATA_DIR}: {expected} in {', '.join(bare)}. {remedy}")
     return split
@@ -1928,10 +1930,13 @@ def network_input(image, device, cfg):
 def blending_device(image, device):
     """Return where a volume's windows are blended: on the CPU where the GPU lacks room.
 
-    The volume, the sum of the windows and that of their weights take 4 bytes a voxel each, the
-    resampling to the native grid takes more.
+    The volume, the sum of the windows and that of their weights take 4 bytes a voxel each; four
+    times that is asked for, since the network and the resampling need room too.
     """
-    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if device.type != "cuda":
+        return device
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    room = torch.cuda.mem_get_info(device)[0] + idle
     return device if 4 * 12 * image.numel() < room else torch.device("cpu")
 
 
@@ -1974,7 +1979,7 @@ def predict_case(model, entry, cfg):
     """
     models = model if isinstance(model, nn.ModuleList) else [model]
     probs = [torch.sigmoid(predict_logits(part, entry["image"], cfg)[0]) for part in models]
-    prob = sum(probs) / len(probs)
+    prob = sum(part.to(probs[0].device) for part in probs) / len(probs)
     return prob[0].cpu().numpy(), to_native_grid(prob, entry)[0].cpu().numpy()
 
 
@@ -1993,15 +1998,18 @@ def list_hashes(split, key):
     return {part: {case["name"]: case[key] for case in cases} for part, cases in split.items()}
 
 
-def save_checkpoint(path, model, cfg, split, row):
+def save_checkpoint(path, model, cfg, split, row, known=()):
     """Write the weights with all that using them takes.
 
     Config, working grid, package versions, the epoch's row of history, and by part of the split
-    {name: sha256 of the voxels} of the scans, by which those of the training are known again.
+    {name: sha256 of the voxels} of the scans, by which those of the training are known again;
+    `known`: hashes of those that INIT_FROM was trained with.
     """
     grid = {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
     content = {"model": model.state_dict(), "config": asdict(cfg), "working_grid": grid}
     content |= {"sha256": list_hashes(split, "sha256"), "history_row": row}
+    if known:
+        content["sha256"]["before"] = {sha256: sha256 for sha256 in known}
     write_torch(path, content | {"versions": package_versions()})
 
 
@@ -2009,6 +2017,8 @@ def save_last(path, training, cfg, split, progress):
     """Write all that going on takes: states, Config, hashes of the data, progress."""
     content = {name: part.state_dict() for name, part in training.items()}
     content |= {key: list_hashes(split, key) for key in ("sha256", "label_sha256")}
+    if progress["known"]:
+        content["sha256"]["before"] = {sha256: sha256 for sha256 in progress["known"]}
     content |= {"config": asdict(cfg), "history_row": progress["history"][-1]}
     content["processes"] = process_number("WORLD_SIZE")
     write_torch(path, content | {"progress": progress, "versions": package_versions()})
@@ -2034,6 +2044,9 @@ def read_checkpoint(path, keys=CHECKPOINT_KEYS):
         row = content["history_row"]
         good = isinstance(row["epoch"], int) and isinstance(row["val_dice"], float | None)
         if not good or not all(isinstance(part, dict) for part in parts):
+            raise TypeError("other content")
+        hashes = [sha256 for part in content["sha256"].values() for sha256 in part.values()]
+        if not all(isinstance(sha256, str) for sha256 in hashes):
             raise TypeError("other content")
         return content
     except FileNotFoundError:
@@ -2099,13 +2112,13 @@ def load_initial_weights(model, cfg):
     """Load the weights of INIT_FROM, where there is one, into the model.
 
     Returns:
-        {hash: name} of the scans that these weights were trained on
+        (hashes of the scans that these weights were trained on, and of those of their validation)
 
     Raises:
         ValueError: it is no checkpoint, or of another network, names what differs.
     """
     if not cfg.INIT_FROM:
-        return {}
+        return [], []
     content = read_checkpoint(cfg.INIT_FROM)
     problems = []
     for name in NETWORK_SETTINGS:
@@ -2116,17 +2129,20 @@ def load_initial_weights(model, cfg):
         told = "\n  ".join(problems)
         raise ValueError(f"{cfg.INIT_FROM}: of another network than this run's:\n  {told}")
     load_weights(model, content, cfg.INIT_FROM)
-    return {sha256: name for name, sha256 in content["sha256"].get("train", {}).items()}
+    parts = {part: sorted(hashes.values()) for part, hashes in content["sha256"].items()}
+    return parts.get("train", []) + parts.get("before", []), parts.get("val", [])
 
 
-def check_unseen(split, known, cfg):
-    """Raise a ValueError where validation or test has scans that INIT_FROM was trained on.
+def check_unseen(split, trained, validated, cfg):
+    """Raise a ValueError where a scan is to be tested or validated on that INIT_FROM knows.
 
-    `known`: as `load_initial_weights` returns them.
+    `trained`, `validated`: as `load_initial_weights` returns them. Its validation scans may be
+    those of this run too.
     """
-    seen = [c["image"] for part in ("val", "test") for c in split[part] if c["sha256"] in known]
-    told = f"for validation or test, but {cfg.INIT_FROM} was trained on it"
-    raise_problems([f"{path}: {told}" for path in seen], "Choose other subjects with --split.")
+    seen = [c for part in ("val", "test") for c in split[part] if c["sha256"] in trained]
+    seen += [c for c in split["test"] if c["sha256"] in validated]
+    told = f"for validation or test, but {cfg.INIT_FROM} was trained or chosen with it"
+    raise_problems([f"{c['image']}: {told}" for c in seen], "Divide the subjects in another way.")
 
 
 # Settings of files that only the begin of a training reads.
@@ -2156,6 +2172,8 @@ def restore_config(content, cfg, given):
     known_here = {name: value for name, value in (saved | here).items() if name in known}
     restored = replace(Config(), **known_here)
     problems += check_types(restored)
+    if restored.PIX_DIM == (0, 0, 0):
+        problems.append("PIX_DIM: expected the spacing of a working grid, got 0 0 0")
     problems += [] if problems else check_config(replace(restored, **UNUSED))  # not used again
     if problems:
         raise ValueError("wrong settings:\n  " + "\n  ".join(problems))
@@ -2299,7 +2317,7 @@ def build_training(model, cfg):
     return {"model": model, "optimizer": optimizer, "plateau": plateau, "scaler": scaler}
 
 
-def fit(model, cfg, split, last=None):
+def fit(model, cfg, split, last=None, known=()):
     """Train until EPOCHS, or until EARLY_STOPPING validations in a row brought no better Dice.
 
     The weights of the best validation Dice are in `checkpoints/best_model.pth`, always written
@@ -2316,11 +2334,12 @@ def fit(model, cfg, split, last=None):
     loader = build_train_loader(split["train"], cfg, device)
     training = build_training(model, cfg)
     parallel = share_gradients(model)
-    progress = {"best_dice": -1.0, "waited": 0, "history": []}
+    progress = {"best_dice": -1.0, "waited": 0, "history": [], "known": list(known)}
     if last:
-        progress = last["progress"]
+        progress |= last["progress"]
         for name, part in training.items():
-            part.load_state_dict(last[name])
+            if last[name]:  # of a scaler that is in use now only, there is none
+                part.load_state_dict(last[name])
     history = progress["history"]
     while len(history) < cfg.EPOCHS and not stops_early(progress, cfg):
         loader.sampler.epoch = len(history) + 1
@@ -2350,13 +2369,13 @@ def train_and_validate(parallel, loader, training, val_cases, history, cfg):
     row["train_loss"], row["train_dice"] = train_one_epoch(parallel, loader, optimizer, scaler, cfg)
     for buffer in model.buffers() if parallel is not model else ():
         dist.broadcast(buffer, 0)  # BatchNorm's statistics, as the checkpoint will have them
-    (row["seconds"],) = gather([time.perf_counter() - start])[:1]  # the first process's, for all
+    seconds = gather([time.perf_counter() - start])[0]  # the first process's, for all
+    row["seconds"] = round(seconds, 2)
     last = epoch == cfg.EPOCHS or time_is_up([*history, row], cfg)
     if epoch == 1 or last or epoch % cfg.VAL_EVERY == 0:
         row["val_loss"], row["val_dice"] = validate(model, val_cases, cfg, epoch)
         plateau.step(row["val_loss"])
-        (row["seconds"],) = gather([time.perf_counter() - start])[:1]
-    row["seconds"] = round(row["seconds"], 2)
+        row["seconds"] = round(gather([time.perf_counter() - start])[0], 2)
     return row
 
 
@@ -2365,7 +2384,7 @@ def save_epoch(training, cfg, split, progress, improved):
     out, history = Path(cfg.OUTPUT_DIR), progress["history"]
     if improved:
         best = out / "checkpoints" / "best_model.pth"
-        save_checkpoint(best, training["model"], cfg, split, history[-1])
+        save_checkpoint(best, training["model"], cfg, split, history[-1], progress["known"])
     write_json(out / "logs" / "training_history.json", history)
     # Last: a run that is killed before goes through the epoch again, and writes all of it again.
     save_last(out / "checkpoints" / "last.pth", training, cfg, split, progress)
@@ -2596,20 +2615,36 @@ def write_cross_validation(cfg):
     As JSON and as CSV: `cross_validation.json` has the blocks of the test metrics over all
     subjects of these folds.
     """
-    top, found = Path(cfg.OUTPUT_DIR).parent, {}
+    top = Path(cfg.OUTPUT_DIR).parent
+    with open(top / ".lock", "a") as lock:  # folds may end at once
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        found = read_folds(top, cfg)
+        rows = [{"fold": fold} | row for fold, subjects in found.items() for row in subjects]
+        blocks = aggregate(rows, cfg)
+        content = {"data_set": data_set_name(cfg), "grid": describe_grid(cfg), "n": len(rows)}
+        content |= {"folds": cfg.FOLDS, "finished": list(found), "empty_masks": EMPTY_MASKS}
+        write_json(top / "cross_validation.json", content | blocks | {"subjects": rows})
+        write_csv(top / "cross_validation.csv", rows)
+    return blocks, found
+
+
+def read_folds(top, cfg):
+    """Return {fold: rows of its test scans} of the finished folds of the same settings and data."""
+    found, own = {}, {*NOT_OF_TRAINING, "FOLD", "AMP"}
+    wanted = {k: v for k, v in json.loads(json.dumps(asdict(cfg))).items() if k not in own}
     for fold in range(1, cfg.FOLDS + 1):
         path = top / f"fold-{fold}" / "logs" / "comprehensive_test_metrics.json"
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
-            if all(content["config"].get(key) == getattr(cfg, key) for key in ("FOLDS", "SEED")):
+            same = all(content["config"].get(name) == value for name, value in wanted.items())
+            tested = {row["name"] for rows in found.values() for row in rows}
+            again = tested & {row["name"] for row in content["subjects"]}
+            if same and not again and content["data_set"] == data_set_name(cfg):
                 found[fold] = content["subjects"]
-    rows = [{"fold": fold} | row for fold, subjects in found.items() for row in subjects]
-    blocks = aggregate(rows, cfg)
-    content = {"data_set": data_set_name(cfg), "grid": describe_grid(cfg), "n": len(rows)}
-    content |= {"folds": cfg.FOLDS, "finished": list(found), "empty_masks": EMPTY_MASKS}
-    write_json(top / "cross_validation.json", content | blocks | {"subjects": rows})
-    write_csv(top / "cross_validation.csv", rows)
-    return blocks, found
+            else:
+                told = "Warning: not in the cross-validation, of other settings or data: %s"
+                log.warning(told, path)
+    return found
 
 
 def log_cross_validation(blocks, found, cfg):
@@ -3068,7 +3103,7 @@ RESULTS = (  # below the output folder, in the order in which --overwrite gives 
     "logs/test_metrics.csv",
     "logs/participants_pvs.csv",
     "multi_plane/sub-*.png",
-    "predictions/sub-*/**/*_label-PVS_desc-*.nii.gz",
+    *(f"predictions/sub-*/**/*_label-PVS_desc-{name}_*.nii.gz" for name in NETWORKS.values()),
     "test_set_visualization_grid_300dpi.jpg",
     "agreement.jpg",
     "training_curves.jpg",
@@ -3196,14 +3231,16 @@ def evaluate(model, cases, weights, cfg):
         history = json.loads(history.read_text(encoding="utf-8"))
         draw_training_curves(out / "training_curves.jpg", history, cfg)
     log_test_table(rows, blocks, cfg)
-    if cfg.FOLDS and out.name == f"fold-{cfg.FOLD}":
+    if out.name == f"fold-{cfg.FOLD}" and (out / "checkpoints").exists():  # no external test
         log_cross_validation(*write_cross_validation(cfg), cfg)
     log.info("\nScores and figures are in %s", out.resolve())
     return 0
 
 
-def train_and_test(model, split, cfg, last=None):
+def train_and_test(model, split, cfg, last=None, known=()):
     """Fit, from `last.pth` on if there is its content, then test with the best weights and draw.
+
+    `known`: hashes of the scans that the weights know already.
 
     Returns:
         the exit status
@@ -3211,6 +3248,8 @@ def train_and_test(model, split, cfg, last=None):
     out, best_path = Path(cfg.OUTPUT_DIR), Path(cfg.OUTPUT_DIR) / "checkpoints" / "best_model.pth"
     for path in find_results(cfg) if first_process() and not last else ():  # --overwrite
         path.unlink()
+        for ending in ("json", "csv") if cfg.FOLDS else ():  # written anew at this fold's end
+            (out.parent / f"cross_validation.{ending}").unlink(missing_ok=True)
     subjects = {part: sorted({c["subject"] for c in cases}) for part, cases in split.items()}
     if first_process():
         write_json(out / "logs" / "split.json", subjects)
@@ -3219,7 +3258,7 @@ def train_and_test(model, split, cfg, last=None):
         start_at_log_odds(model, split["train"], cfg)
     if process_number("WORLD_SIZE") > 1 and choose_device(cfg).type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    fit(model, cfg, split, last)
+    fit(model, cfg, split, last, known)
     wait_for_all()  # the first has written the weights
     content = read_checkpoint(best_path)
     load_weights(model, content, best_path)
@@ -3304,6 +3343,10 @@ def set_up_training(cfg, options):
     begun = Path(cfg.OUTPUT_DIR, "checkpoints", "last.pth")
     if options.resume and not begun.exists():
         raise ValueError(f"{begun}: no such file, nothing to resume; start without --resume")
+    mine = [path for path in find_results(cfg) if cfg.INIT_FROM and not options.resume]
+    if any(os.path.samefile(cfg.INIT_FROM, path) for path in mine):
+        told = "INIT_FROM, which this run would replace; choose another --output-dir"
+        raise ValueError(f"{cfg.INIT_FROM}: {told}")
     with first_process_first():
         open_output_folder(cfg, "train", replaceable)
         log_settings(cfg, f"recipe {options.recipe}", everything=options.check)
@@ -3311,18 +3354,20 @@ def set_up_training(cfg, options):
             make_demo_data(cfg.DATA_DIR, cfg.SEED)
         started = options.resume or cfg.INIT_FROM  # with other weights than the encoder's
         model = build_model(replace(cfg, **UNUSED) if started else cfg)
-        known = {} if options.resume else load_initial_weights(model, cfg)
-    split = split_cases(find_cases(cfg), cfg)
-    if not any(cfg.PIX_DIM):
-        cfg = replace(cfg, PIX_DIM=own_spacing(split["train"]))
+        known = ([], []) if options.resume else load_initial_weights(model, cfg)
+    cases = find_cases(cfg)
+    split = split_cases(cases, cfg)
+    names = {case["name"] for part in split.values() for case in part}
+    cases = [case for case in cases if case["name"] in names]
+    if not any(cfg.PIX_DIM):  # folds share a grid
+        cfg = replace(cfg, PIX_DIM=own_spacing(cases if cfg.FOLDS else split["train"]))
     step = step_memory(model, cfg)
     if choose_device(cfg).type == "cuda":
         log.info("GPU memory      %s for a step without autocast, estimated", size_words(step))
         step = 0
-    cases = [case for part in split.values() for case in part]
     split = keep_prepared(split, prepare_cases(cases, cfg, step), cfg)
     last = read_last(cfg, split) if options.resume else None
-    check_unseen(split, known, cfg)
+    check_unseen(split, *known, cfg)
     log.info("Data            %s", data_set_name(cfg))
     log_plan(cfg, model, ", ".join(f"{len(part)} {name}" for name, part in split.items()))
     for part in ("val", "test"):
@@ -3332,7 +3377,7 @@ def set_up_training(cfg, options):
         return lambda: 0
     if last:
         log.info("Resumed         after epoch %d", len(last["progress"]["history"]))
-    return functools.partial(train_and_test, model, split, cfg, last)
+    return functools.partial(train_and_test, model, split, cfg, last, [*known[0], *known[1]])
 
 
 def choose_checkpoints(cfg, options):
@@ -3357,7 +3402,7 @@ def restore_configs(paths, contents, cfg, given):
     for path, other in zip(paths[1:], others, strict=True):
         for name in ALIKE:
             one, two = getattr(first, name), getattr(other, name)
-            if one != two:
+            if one != two and not (name == "ENCODER_NAME" and first.ARCHITECTURE == "dynunet"):
                 problems.append(f"{name}: {paths[0]} has {one}, {path} has {two}")
     if problems:
         raise ValueError("checkpoints that do not go together:\n  " + "\n  ".join(problems))
@@ -3387,7 +3432,7 @@ def choose_test_cases(cases, contents):
     for content in contents:
         for part in content["sha256"].values():
             own |= {sha256: name for name, sha256 in part.items()}
-        tests.append(set(content["sha256"]["test"].values()))
+        tests.append(set(content["sha256"].get("test", {}).values()))
     if not here & set(own):
         return cases, False
     test = set.intersection(*tests)
@@ -3410,7 +3455,8 @@ def choose_test_cases(cases, contents):
 
 def is_in_place(paths, contents, cfg):
     """Return whether --evaluate tests a run's own weights on its own data set again."""
-    folders = [Path(f).resolve() for f in (cfg.DATA_DIR, contents[0]["config"]["DATA_DIR"])]
+    trained_on = str(contents[0]["config"].get("DATA_DIR", Config.DATA_DIR))
+    folders = [Path(folder).resolve() for folder in (cfg.DATA_DIR, trained_on)]
     own = Path(cfg.OUTPUT_DIR, "checkpoints", "best_model.pth").resolve()
     return [path.resolve() for path in paths] == [own] and folders[0] == folders[1]
 

@@ -1,14 +1,17 @@
-"""The benchmark measures, and its table holds what it measured."""
+"""The benchmarks measure, and their tables hold what was measured."""
 
 import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import accuracy
 import speed
+import train_pvs
 
 
 def table_rows(path):
@@ -67,3 +70,42 @@ def test_failed_section_loses_no_other(tmp_path, monkeypatch):
     assert speed.run_sections(bench, ["first", "second"]) == 1
     assert [float(row[5].strip("*")) for row in table_rows(report.path)] == pytest.approx([2, 4])
     assert "Ended early: no room" in report.path.read_text()
+
+
+# --------------------------------------------------------------------------------------- Accuracy
+
+
+@pytest.mark.parametrize("row", accuracy.ROWS)
+def test_flags_of_every_row_are_settings_that_differ_only_in_what_the_row_names(row):
+    flags = [*accuracy.COMMON.split(), *accuracy.ROWS[row][1].split()]
+    cfg, _ = train_pvs.parse_command_line([*flags, "--data-dir", "data"])
+    assert cfg.IMG_PATCH_SIZE == (48, 48, 48)
+    assert ((1.5,) * 3 if "1.5" in accuracy.ROWS[row][0] else (0, 0, 0)) == cfg.PIX_DIM
+    assert cfg.DECODER_WIDTH == 16
+    assert (cfg.ARCHITECTURE == "dynunet") == ("DynUNet" in accuracy.ROWS[row][0])
+
+
+def test_table_has_means_over_heads_and_seeds_and_paired_differences(tmp_path):
+    def runs(*dices):  # of two heads for each seed
+        rows = [
+            {
+                "native_dice": d,
+                "roundtrip_dice": 1,
+                "lesion_f1_any": 0.5,
+                "volume_ml_error_percent": -100 * d,
+            }
+            for d in dices
+        ]
+        grid = "working grid, RAS, 0.8 x 0.8 x 0.8 mm"
+        return {seed: (rows[2 * seed : 2 * seed + 2], grid, 7) for seed in range(len(rows) // 2)}
+
+    results = {"published": runs(0.1, 0.2, 0.3, 0.2), "native": runs(0.5, 0.6, 0.8, 0.7)}
+    options = SimpleNamespace(minutes=3)
+    accuracy.write_table(tmp_path / "table.md", results, options)
+    published, native = (tmp_path / "table.md").read_text().splitlines()[-2:]
+    # Means 0.2 and 0.65; differences -0.4, -0.4, -0.5, -0.5; the error of volume without its sign
+    assert "| 0.200 (0." in published
+    assert "| -0.450 (-0.500 to -0.400) |" in published
+    assert "| 20 (" in published
+    assert "| 0.650 (0." in native
+    assert native.endswith(" |  | 7, 7 |")

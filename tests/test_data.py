@@ -340,7 +340,7 @@ def test_part_whose_only_mask_is_empty_is_named(data, run):
     status, out, err = run("--check", *split_flags(data, "1 3", "2", "4"))
     assert status == 2
     assert f"left out, empty mask: {path}\n" in out
-    assert "expected masks with voxels above 0 (see LABEL_GLOB), all are empty in test. " in err
+    assert "with PVS on the working grid (LABEL_GLOB, PIX_DIM), none is left in test. " in err
     assert "Choose other subjects with --split, or draw them with another --seed." in err
 
 
@@ -383,7 +383,7 @@ def test_masks_that_are_all_empty_are_refused(data, run):
     for number in range(1, 5):
         path = label_path(data, f"sub-00{number}")
         save_nifti(path, 0 * array_of(path))
-    expect_refused(run, data, "expected masks with voxels above 0")
+    expect_refused(run, data, "none is left in train, val, test")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])

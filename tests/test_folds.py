@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_pvs
-from conftest import image_path, make_subject
+from conftest import image_path, label_path, make_subject, save_nifti
 from test_predict import LEARNING, MACHINE, TINY, call, write_title
 
 FOLDS = 3
@@ -71,6 +71,8 @@ def test_folds_are_of_subjects_and_not_of_scans(tiny_config):
         ("--folds 5", "FOLD: expected a number from 1 to FOLDS"),
         ("--folds 5 --fold 6", "FOLD: expected a number from 1 to FOLDS"),
         ("--fold 1", "FOLD: expected a number from 1 to FOLDS"),
+        ("--folds five --fold 1", "FOLDS: expected whole numbers from 0 to 1000, got five"),
+        ("--folds 5 --fold one", "FOLD: expected whole numbers from 0 to 1000, got one"),
         (f"--folds 5 --fold 1 --split {__file__}", "SPLIT: expected none together with FOLDS"),
     ],
 )
@@ -90,7 +92,7 @@ def test_folds_have_folders_of_their_own_and_one_cache(folds):
     folder, *_ = folds
     found = {path.name for path in (folder / "out").iterdir()}
     names = {f"fold-{fold}" for fold in range(1, FOLDS + 1)}
-    assert found == {*names, "cache", "cross_validation.json", "cross_validation.csv"}
+    assert found == {*names, ".lock", "cache", "cross_validation.json", "cross_validation.csv"}
     assert len(list((folder / "out" / "cache").iterdir())) == 7
 
 
@@ -114,15 +116,57 @@ def test_every_finished_fold_adds_its_subjects_to_one_table(folds):
     assert f" native Dice {np.mean(dices):8.4f} (95 % from {low:.4f} to {high:.4f})" in printed[-1]
 
 
-def test_folds_of_another_seed_are_not_in_the_table(folds, tmp_path):
+@pytest.mark.parametrize(("name", "value"), [("SEED", 9), ("DECODER_WIDTH", 9), (None, "other")])
+def test_folds_of_other_settings_or_data_are_named_and_not_in_the_table(
+    name, value, folds, tmp_path, messages
+):
     folder, *_ = folds
     shutil.copytree(folder / "out", tmp_path / "out")
     path = tmp_path / "out" / "fold-2" / "logs" / "comprehensive_test_metrics.json"
     content = json.loads(path.read_text())
-    content["config"]["SEED"] = 9
+    (content["config"] if name else content)[name or "data_set"] = value
     path.write_text(json.dumps(content))
-    cfg = train_pvs.Config(OUTPUT_DIR=str(tmp_path / "out" / "fold-1"), FOLDS=FOLDS, FOLD=1)
+    flags = ["--data-dir", folder / "data", "--output-dir", tmp_path / "out", *TINY, *LEARNING]
+    flags += ["--folds", FOLDS, "--fold", 1]
+    cfg, _ = train_pvs.parse_command_line(list(map(str, flags)))
     assert list(train_pvs.write_cross_validation(cfg)[1]) == [1, 3]
+    assert f"not in the cross-validation, of other settings or data: {path}" in messages.text
+
+
+def test_fold_that_is_given_up_leaves_the_table(folds, tmp_path, monkeypatch):
+    folder, *_ = folds
+    shutil.copytree(folder / "out", tmp_path / "out")
+
+    def fit(*_):
+        raise FloatingPointError("the loss became nan")
+
+    monkeypatch.setattr(train_pvs, "fit", fit)
+    flags = ["--data-dir", folder / "data", "--output-dir", tmp_path / "out", *TINY, *LEARNING]
+    assert call(*flags, "--folds", FOLDS, "--fold", 2, "--overwrite")[0] == 1
+    assert list((tmp_path / "out").glob("cross_validation.*")) == []
+
+
+def test_external_test_of_a_fold_is_no_cross_validation(folds, tmp_path):
+    folder, *_ = folds
+    for number in range(1, 3):
+        make_subject(tmp_path / "other", f"sub-{number:03d}", seed=20 + number)
+    flags = ["--data-dir", tmp_path / "other", "--output-dir", tmp_path / "fold-1", *MACHINE]
+    status, _, err = call("--evaluate", *flags, "--checkpoint", checkpoint(folder, 1))
+    assert status == 0, err
+    assert not (tmp_path / "cross_validation.json").exists()
+
+
+def test_folds_share_a_working_grid_where_scans_differ(tmp_path, run):
+    for number in range(1, 7):
+        make_subject(tmp_path / "data", f"sub-{number:03d}", seed=number)
+        for path in (image_path, label_path):
+            file, side = path(tmp_path / "data", f"sub-{number:03d}"), 1 + 0.1 * number
+            data = np.asarray(nib.load(file).dataobj)
+            save_nifti(file, data, np.diag([side, side, side, 1]))
+    flags = ["--check", "--pix-dim", 0, 0, 0, "--folds", 3, "--val-fraction", 0.3]
+    printed = [run(*flags, "--fold", fold)[1] for fold in (1, 2, 3)]
+    grids = [line for out in printed for line in out.splitlines() if line.startswith("Grid ")]
+    assert grids == 3 * ["Grid            working grid, RAS, 1.35 x 1.35 x 1.35 mm"]
 
 
 # --------------------------------------------------------------------------------------- ensembles

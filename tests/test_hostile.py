@@ -788,7 +788,7 @@ def test_subject_whose_results_would_have_no_name_of_their_own_is_refused(scan, 
 
 IMPOSSIBLE = {
     "LR": ["nan", "inf", "-1", "0", "1e400", "1e-400", "fast", "", "9" * 5000],
-    "PIX_DIM": ["inf 1 1", "1 nan 1", "1 1 -1", "0 0 0"],
+    "PIX_DIM": ["inf 1 1", "1 nan 1", "1 1 -1", "0 0 1", "0.05 1 1"],
     "IMG_PATCH_SIZE": ["-16 16 16", "16 16 1000000000", "17 16 16"],
     "EPOCHS": ["-5", "1.5", "nan", "1" + "0" * 30],
     "SEED": ["-1", "4294967296"],
@@ -1075,6 +1075,31 @@ CHECKPOINTS = {  # id: what is written, the lines
         settings_of(ENCODER_NAME=5),
         ["Error: wrong settings:", "  ENCODER_NAME: expected .*, got 5"],
     ),
+    "seed is a tuple": (settings_of(SEED=(1,)), ["Error: wrong settings:", "  SEED: expected .*"]),
+    "folds are text": (
+        settings_of(FOLDS="5", FOLD=1),
+        ["Error: wrong settings:", "  FOLDS: expected .*, got 5"],
+    ),
+    "fold is a tuple": (
+        settings_of(FOLDS=(5,), FOLD=(1,)),
+        ["Error: wrong settings:", "  FOLDS: expected .*", "  FOLD: expected .*"],
+    ),
+    "no such network": (
+        settings_of(ARCHITECTURE="unet"),
+        ["Error: wrong settings:", "  ARCHITECTURE: expected .*, got unet"],
+    ),
+    "network is a list": (
+        settings_of(ARCHITECTURE=["dynunet"]),
+        ["Error: wrong settings:", "  ARCHITECTURE: expected .*"],
+    ),
+    "spacing that was not found": (
+        settings_of(PIX_DIM=(0.0, 0.0, 0.0)),
+        ["Error: wrong settings:", "  PIX_DIM: expected .*, got 0 0 0"],
+    ),
+    "hash is a list": (
+        parts_of(sha256={"train": {"sub-1": [1]}, "val": {}, "test": {}}),
+        NO_CHECKPOINT,
+    ),
     "unknown setting": (
         settings_of(WIDTH=1),
         ["Error: wrong settings:", "  WIDTH: in the checkpoint, unknown here"],
@@ -1100,6 +1125,36 @@ def test_useless_checkpoint_is_told_by_its_name_and_runs_no_code(
     result = start("--predict", scan, "--checkpoint", path, "--output-dir", out, seconds=10)
     expect_lines(result, *(line.replace("{}", re.escape(str(path))) for line in lines))
     assert not (tmp_path / "code was run").exists()
+
+
+@pytest.mark.parametrize(
+    "write",
+    cases(
+        {
+            "text": lambda path, _: path.write_text("weights"),
+            "weights only": (lambda path, content: torch.save(content, path),),
+        }
+    ),
+)
+def test_starting_from_what_is_no_checkpoint_is_refused(weights, data, run, tmp_path, write):
+    path = tmp_path / "weights.pth"
+    write(path, weights[1] | {"model": {}})
+    status, _, err = run("--init-from", path)
+    assert status == 2
+    assert err.startswith(f"Error: {path}: ")
+
+
+@pytest.mark.parametrize("part", ["test", "val"])
+def test_evaluating_with_a_checkpoint_that_lacks_a_part_of_the_split(part, weights, data, tmp_path):
+    content = weights[1] | {"sha256": dict(weights[1]["sha256"])}
+    content["sha256"].pop(part, None)
+    content["config"] = {k: v for k, v in content["config"].items() if k != "DATA_DIR"}
+    torch.save(content, tmp_path / "weights.pth")
+    flags = "--device cpu --num-workers 0 --no-amp".split()
+    flags += ["--data-dir", str(data), "--output-dir", str(tmp_path / "out")]
+    assert (
+        train_pvs.main(["--evaluate", "--checkpoint", str(tmp_path / "weights.pth"), *flags]) == 0
+    )
 
 
 @pytest.mark.parametrize(

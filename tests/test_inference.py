@@ -322,6 +322,8 @@ def test_windows_are_blended_on_the_cpu_where_the_gpu_lacks_room(free, place, mo
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**10))
     image = torch.zeros(1, 64, 64, 64)
     assert train_pvs.blending_device(image, torch.device("cuda")).type == place
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10**9)  # torch's own, unused
+    assert train_pvs.blending_device(image, torch.device("cuda")).type == "cuda"
     assert train_pvs.blending_device(image, torch.device("cpu")).type == "cpu"
 
 

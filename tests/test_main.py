@@ -472,9 +472,37 @@ def test_scans_that_the_first_weights_know_are_not_tested_on(others, data, run, 
     flags = "--split", tmp_path / "split.json", "--init-from", others
     status, _, err = run(*flags)
     assert status == 2
-    told = f"for validation or test, but {others} was trained on it"
-    assert f"  {image_path(data, 'sub-004')}: {told}\nChoose other subjects with --split." in err
+    told = f"for validation or test, but {others} was trained or chosen with it"
+    assert f"  {image_path(data, 'sub-004')}: {told}\nDivide the subjects" in err
     assert run(*flags[:2])[0] in (0, 1)
+
+
+def test_scans_of_the_first_training_are_known_to_all_that_start_from_it(
+    others, data, run, tmp_path
+):
+    assert run("--init-from", others, out=tmp_path / "second")[0] in (0, 1)
+    second = tmp_path / "second" / "checkpoints"
+    machine = ["--device", "cpu", "--num-workers", "0", "--output-dir", str(tmp_path / "third")]
+    flags = ["--data-dir", str(tmp_path / "others"), "--checkpoint", str(second / "best_model.pth")]
+    assert train_pvs.main(["--evaluate", *flags, *machine]) == 2
+    names = json.loads((others.parents[1] / "logs" / "split.json").read_text())["train"]
+    split = {"train": ["sub-001", "sub-002"], "val": ["sub-003"], "test": ["sub-004"]}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    for path in (image_path, label_path):
+        path(data, "sub-004").write_bytes(path(tmp_path / "others", names[0]).read_bytes())
+    for file in ("best_model.pth", "last.pth"):
+        status, _, err = run("--init-from", second / file, "--split", tmp_path / "split.json")
+        assert status == 2
+        assert "was trained or chosen with it" in err
+
+
+def test_checkpoint_to_start_from_is_not_replaced_by_the_run(others, data, run):
+    out = others.parents[1]
+    content = others.read_bytes()
+    status, _, err = run("--init-from", others, "--overwrite", out=out)
+    assert status == 2
+    assert f"{others}: INIT_FROM, which this run would replace; choose another --output-dir" in err
+    assert others.read_bytes() == content
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint"])
