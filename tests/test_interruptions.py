@@ -45,6 +45,13 @@ def replace_function(name, function):
     pytest.MonkeyPatch().setattr(name, lambda *args, **kw: function(real, *args, **kw))
 
 
+def wait(seconds):
+    """Sleep in short naps: a signal that comes just before a nap does not end it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def pause(name, call, flag, seconds=60):
     """Let the call-th call of a function make the file `flag` and sleep before its work."""
     calls = []
@@ -53,7 +60,7 @@ def pause(name, call, flag, seconds=60):
         calls.append(name)
         if len(calls) == call:
             flag.touch()
-            time.sleep(seconds)
+            wait(seconds)
         return real(*args, **kwargs)
 
     replace_function(name, function)
@@ -347,7 +354,7 @@ def hold_lock(flag):
     def function(real, event):
         event._cond.acquire()
         flag.touch()
-        time.sleep(60)
+        wait(60)
 
     replace_function("multiprocessing.synchronize.Event.is_set", function)
     pytest.MonkeyPatch().setattr(train_pvs, "CLEAN_UP_SECONDS", 1, raising=False)
@@ -386,10 +393,10 @@ def clean_up_for_ever(name, flag):
     def function(real, *args):
         try:
             flag.touch()
-            time.sleep(60)
+            wait(60)
         finally:
             flag.with_suffix(".signal").touch()
-            time.sleep(60)
+            wait(60)
 
     replace_function(name, function)
 
