@@ -2142,10 +2142,11 @@ def check_unseen(split, trained, validated, cfg):
     seen = [c for part in ("val", "test") for c in split[part] if c["sha256"] in trained]
     seen += [c for c in split["test"] if c["sha256"] in validated]
     told = f"for validation or test, but {cfg.INIT_FROM} was trained or chosen with it"
-    raise_problems([f"{c['image']}: {told}" for c in seen], "Divide the subjects in another way.")
+    remedy = "Choose other subjects with --split, or draw them with another --seed."
+    raise_problems([f"{c['image']}: {told}" for c in seen], remedy)
 
 
-# Settings of files that only the begin of a training reads.
+# Settings of files that are read at the beginning of a training only.
 UNUSED = {"SPLIT": "", "ENCODER_WEIGHTS": "none", "INIT_FROM": ""}
 
 

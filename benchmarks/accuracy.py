@@ -10,6 +10,7 @@ in the folder --work and not done again; `docs/accuracy.md` is written after eve
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,7 +130,7 @@ def write_table(path, results, options):
         "",
         f"Simulated heads of {shape} voxels of {SPACING} mm ({heads}) with thin PVS (0.9 to 3 mm, "
         "most below 1.6 mm), lesions and unlabelled PVS in the basal ganglia that look alike. "
-        f"{options.minutes:g} minutes of training each, on {train_pvs.os.cpu_count()} cores of a "
+        f"{options.minutes:g} minutes of training each, on {os.cpu_count()} cores of a "
         "CPU; networks and patches are small: see `benchmarks/accuracy.py`, which makes this "
         "table. Scores are means over the test heads and seeds, with the 95 % bootstrap interval "
         "over these pairs, which are not independent, all on the **native grid**. Round trip: what "

@@ -9,6 +9,7 @@ so that a run that is interrupted keeps what it has measured.
 """
 
 import argparse
+import gzip
 import json
 import logging
 import math
@@ -159,7 +160,7 @@ def make_heads(folder, count, shape, spacing):
         volumes = train_pvs.simulate_head(np.random.default_rng([123, number]), tuple(shape))
         for path, volume in zip((image, label), volumes, strict=True):
             content = nib.Nifti1Image(volume.astype(np.int16), affine).to_bytes()
-            train_pvs.write_file(path, train_pvs.gzip.compress(content, 3))
+            train_pvs.write_file(path, gzip.compress(content, 3))
         print(f"simulated {subject} of {folder.name}", flush=True)
     return folder
 

@@ -473,7 +473,7 @@ def test_scans_that_the_first_weights_know_are_not_tested_on(others, data, run, 
     status, _, err = run(*flags)
     assert status == 2
     told = f"for validation or test, but {others} was trained or chosen with it"
-    assert f"  {image_path(data, 'sub-004')}: {told}\nDivide the subjects" in err
+    assert f"  {image_path(data, 'sub-004')}: {told}\nChoose other subjects with --split," in err
     assert run(*flags[:2])[0] in (0, 1)
 
 
