@@ -599,8 +599,15 @@ def stopping_on_signals():
 
 def leave_signals_to_the_run(_):
     """Let a worker pass over Ctrl-C, which a terminal sends to all its processes; obey SIGTERM."""
+
+    def leave(*_):
+        received_signals.append(signal.SIGTERM)
+        signal.alarm(1)  # once more: the first exit may be lost in a destructor
+        sys.exit()  # leaves no file half written
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # leaves no file half written
+    signal.signal(signal.SIGALRM, leave)
+    signal.signal(signal.SIGTERM, leave)
 
 
 # -------------------------------------------------------------------------------- Screen and files

@@ -66,6 +66,22 @@ def pause(name, call, flag, seconds=60):
     replace_function(name, function)
 
 
+def pause_in_destructor(name, flag):
+    """Let each call of a function make the file `flag` and sleep in a destructor, then again."""
+
+    class Garbage:
+        def __del__(self):
+            flag.touch()
+            wait(60)
+
+    def function(real, *args, **kwargs):
+        Garbage()
+        wait(60)
+        return real(*args, **kwargs)
+
+    replace_function(name, function)
+
+
 def kill_worker(name, call):
     """Let a worker be killed in its call-th call of a function."""
     calls = []
@@ -335,6 +351,13 @@ def test_signal_that_reaches_the_workers_after_the_run_ends_it_in_one_line(begin
         os.kill(worker, signal.SIGTERM)
     assert run.end(5) == 128 + signal.SIGTERM
     last_line(run, "Interrupted (SIGTERM). ")
+
+
+def test_worker_ends_although_python_loses_its_exit_in_a_destructor(begin, tmp_path):
+    reached = tmp_path / "reached"
+    run = begin(*WORKERS, hooks=[(pause_in_destructor, "train_pvs.build_cache_entry", reached)])
+    run.wait_for(reached)
+    interrupt(run, signal.SIGTERM, seconds=5)
 
 
 @pytest.mark.parametrize(
