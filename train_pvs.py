@@ -25,6 +25,7 @@ import hashlib
 import http.client
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import math
@@ -62,6 +63,7 @@ from scipy import ndimage, stats
 from sklearn.model_selection import KFold, train_test_split
 from torch import distributed as dist
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -102,10 +104,12 @@ class Config:
     # Working grid
     PIX_DIM: tuple = (1.5, 1.5, 1.5)  # spacing, mm; 0 0 0: the training scans' own, their median
     INTENSITY_PERCENTILES: tuple = (0.5, 99.5)  # of the voxels in the head, taken to 0 and 1
+    LABEL_RESAMPLING: str = "nearest"  # or soft: trained on the part of a voxel that PVS fill
     # Patches
     IMG_PATCH_SIZE: tuple = (96, 96, 96)  # voxels; sides are multiples of 2**ENCODER_DEPTH
     CROPS_PER_VOLUME: int = 4  # patches from a volume each time it is drawn
     POS_NEG_RATIO: float = 2.0  # patches centred on a PVS voxel for each one centred elsewhere
+    CROP_SHIFT: float = 0.0  # of patches off their PVS voxel, at most, fraction of the patch
     # Network
     ARCHITECTURE: str = "unetplusplus"  # unetplusplus or dynunet, which has no ENCODER_NAME
     ENCODER_NAME: str = "efficientnet-b7"  # efficientnet-b0 to efficientnet-b7
@@ -128,9 +132,14 @@ class Config:
     VAL_EVERY: int = 1  # epochs between validations; the first and last have one always
     EARLY_STOPPING: int = 100  # validations without a better Dice before the run stops
     MAX_MINUTES: float = 0.0  # of training; the epoch in hand is finished; 0: no limit
+    EMA_DECAY: float = 0.0  # a step, of the weights' moving average, which is kept; 0: none
+    TUNE_DECISION: bool = False  # THRESHOLD and SMALLEST_PVS by native Dice of validation scans
     # Inference
     SW_OVERLAP: float = 0.5  # of neighbouring windows, fraction of the patch
     SW_BATCH_SIZE: int = 4  # windows at once
+    TTA_FLIPS: bool = False  # mean probability of the scan and its seven mirrored views
+    THRESHOLD: float = 0.5  # a probability above it is PVS
+    SMALLEST_PVS: float = 0.0  # mm3; smaller components are left out
     SAVE_PROBABILITIES: bool = False  # as float32 NIfTI files beside the predicted masks
     # Machine
     DEVICE: str = "auto"  # auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...
@@ -155,7 +164,10 @@ LIMITS = {  # the smallest and the largest value that a number may have
         (1e-6, 1e6): "GRAD_CLIP",
         (0.01, 0.99): "LR_FACTOR",
         (0, 0.9): "SW_OVERLAP",
-        (0, 10**6): "MAX_MINUTES",
+        (0, 10**6): "MAX_MINUTES SMALLEST_PVS",
+        (0, 0.5): "CROP_SHIFT",
+        (0, 0.99999): "EMA_DECAY",
+        (0.001, 0.999): "THRESHOLD",
         (0, 1000): "POS_NEG_RATIO LR_PATIENCE NUM_WORKERS FOLDS FOLD",
     }.items()
     for name in names.split()
@@ -195,25 +207,19 @@ RECIPES = {  # named overrides of Config, chosen with --recipe
     },
 }
 
+DECISION = ("TTA_FLIPS", "THRESHOLD", "SMALLEST_PVS")  # by which probabilities become masks
+
 # What --evaluate and --predict may change; all other settings are those of the checkpoint.
 NOT_OF_CHECKPOINT = (
     *("DATA_DIR", "OUTPUT_DIR", "CACHE_DIR", "IMAGE_GLOB", "LABEL_GLOB"),
     *("SW_BATCH_SIZE", "SAVE_PROBABILITIES", "DEVICE", "AMP", "NUM_WORKERS"),
+    *DECISION,
 )
 
 # What --resume may change; all else decides what the network becomes.
 NOT_OF_TRAINING = (
-    *(
-        "EPOCHS",
-        "MAX_MINUTES",
-        "DATA_DIR",
-        "OUTPUT_DIR",
-        "CACHE_DIR",
-        "IMAGE_GLOB",
-        "LABEL_GLOB",
-        "SPLIT",
-    ),
-    *("SW_BATCH_SIZE", "SAVE_PROBABILITIES", "DEVICE", "NUM_WORKERS"),
+    *("EPOCHS", "MAX_MINUTES", "DATA_DIR", "OUTPUT_DIR", "CACHE_DIR", "IMAGE_GLOB", "LABEL_GLOB"),
+    *("SPLIT", "SW_BATCH_SIZE", "SAVE_PROBABILITIES", "DEVICE", "NUM_WORKERS"),
 )
 
 HOW_TO_GET_DATA = """\
@@ -344,6 +350,7 @@ def check_config(cfg):
     known = re.fullmatch("efficientnet-b[0-7]", cfg.ENCODER_NAME)
     expect("ENCODER_NAME", known, "efficientnet-b0 to efficientnet-b7")
     expect("ARCHITECTURE", cfg.ARCHITECTURE in NETWORKS, " or ".join(NETWORKS))
+    expect("LABEL_RESAMPLING", cfg.LABEL_RESAMPLING in ("nearest", "soft"), "nearest or soft")
     if "PIX_DIM" not in problems:
         good = not any(cfg.PIX_DIM) or min(cfg.PIX_DIM) >= SMALLEST_SIDE
         expect("PIX_DIM", good, f"numbers from {SMALLEST_SIDE}, or 0 0 0")
@@ -1232,7 +1239,7 @@ def read_split(path, subjects):
 
 CACHE_VERSION = 4  # raise it with a change of the deterministic transforms: older entries expire
 BACKGROUND_SAMPLE = 100_000  # voxels kept as centres of negative patches; all would take 8 B each
-INTERPOLATION = ("bilinear", "nearest")
+INTERPOLATION = ("bilinear", "nearest")  # of image, label
 
 
 def head_mask(image):
@@ -1283,11 +1290,12 @@ def build_train_transforms(cfg):
     crop |= {"pos": cfg.POS_NEG_RATIO, "neg": 1, "label_key": "label"}
     crop |= {"fg_indices_key": "foreground", "bg_indices_key": "background"}
     affine = {"rotate_range": (math.radians(15),) * 3, "scale_range": (0.1,) * 3}
-    affine |= {"mode": INTERPOLATION, "padding_mode": "border"}
+    modes = ("bilinear", "bilinear") if cfg.LABEL_RESAMPLING == "soft" else INTERPOLATION
+    affine |= {"mode": modes, "padding_mode": "border"}
     # Elastic: shifts of up to 2 % of the patch at 6^3 knots. Its defaults are blocky.
     elastic = {"spatial_size": cfg.IMG_PATCH_SIZE, "rand_size": (6, 6, 6), "def_range": 0.04}
     elastic |= {"field_mode": "trilinear", "align_corners": True}
-    elastic |= {"grid_mode": INTERPOLATION, "grid_align_corners": True}
+    elastic |= {"grid_mode": modes, "grid_align_corners": True}
     return mt.Compose(
         [
             mt.RandCropByPosNegLabeld(BOTH, **crop),
@@ -1314,7 +1322,8 @@ def cache_path(case, cfg):
     stats = [(path, os.stat(path)) for path in (case["image"], case["label"])]
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     key = (files, cfg.PIX_DIM, cfg.INTENSITY_PERCENTILES, cfg.IMG_PATCH_SIZE, cfg.SEED)
-    digest = hashlib.sha256(repr((CACHE_VERSION, *key)).encode()).hexdigest()[:16]
+    key = (CACHE_VERSION, *key, cfg.LABEL_RESAMPLING)
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     return cache_folder(cfg) / f"{case['name']}-{digest}.pt"
 
 
@@ -1335,16 +1344,36 @@ def to_working_grid(volumes, cfg):
     """Transform the MetaTensors (1, X, Y, Z) of an image and, where there is one, its label.
 
     Returns:
-        image (1, H, W, D) float16 in [0, 1] and label (1, H, W, D) uint8; affine, native_affine
-        (4, 4) and native_shape, with which `to_native_grid` goes back
+        image (1, H, W, D) float16 in [0, 1] and label (1, H, W, D) uint8, with LABEL_RESAMPLING
+        soft also soft_label, float16; affine, native_affine (4, 4) and native_shape, with which
+        `to_native_grid` goes back
     """
     native = {"native_affine": volumes["image"].affine.clone()}
     native["native_shape"] = tuple(volumes["image"].shape[1:])
-    volumes = build_transforms(cfg)(volumes)
+    label, volumes = volumes.get("label"), build_transforms(cfg)(volumes)
     working = {"affine": volumes["image"].affine, "image": volumes["image"].as_tensor().half()}
-    if "label" in volumes:
+    if label is not None:
         working["label"] = volumes["label"].as_tensor().to(torch.uint8)
+        if cfg.LABEL_RESAMPLING == "soft":
+            shape = working["image"].shape[1:]
+            working["soft_label"] = occupancy(label, working["affine"], shape)
     return native | working
+
+
+def occupancy(label, affine, shape):
+    """Return the part of each working-grid voxel that a native mask (1, X, Y, Z) fills.
+
+    (1, H, W, D) float16 in [0, 1]: the mean of samples that lie at least as close as the mask's
+    voxels, interpolated linearly between these.
+    """
+    own = ras_spacing(label.affine.numpy())
+    finer = np.ceil(nib.affines.voxel_sizes(affine.numpy()) / own).astype(int)
+    to_samples = nib.affines.from_matvec(np.diag(1 / finer), (1 / finer - 1) / 2)
+    target = {"dst_affine": affine @ torch.from_numpy(to_samples)}
+    target["spatial_size"] = (finer * shape).tolist()
+    resample = mt.SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
+    samples = resample((label > 0).float(), **target).as_tensor()
+    return nn.functional.avg_pool3d(samples, finer.tolist()).clamp(0, 1).half()
 
 
 def to_native_grid(volume, entry):
@@ -1507,12 +1536,13 @@ def step_memory(model, cfg):
     return 4 * weights + sum(storage.nbytes() for storage in kept.values())
 
 
-def estimate_cache(voxels, reports):
+def estimate_cache(voxels, reports, cfg):
     """Return the bytes that the cache takes at most; with first reports, by what their cases took.
 
     `voxels`: by case as `count_voxels` has them.
     """
-    bounds = [CACHE_BYTES * n + 4 * min(n, BACKGROUND_SAMPLE) for _, n in voxels]
+    per_voxel = CACHE_BYTES + 2 * (cfg.LABEL_RESAMPLING == "soft")
+    bounds = [per_voxel * n + 4 * min(n, BACKGROUND_SAMPLE) for _, n in voxels]
     taken = [report.get("cache_bytes", 0) for report in reports]
     return sum(bounds) * (sum(taken) / sum(share(bounds)[: len(taken)]) if any(taken) else 1)
 
@@ -1548,7 +1578,7 @@ def tell_needs(cases, reports, base, step, cfg):
         ValueError: the cache will not find room, as the first cases show.
     """
     voxels, folder = [count_voxels(case, cfg) for case in cases], cache_folder(cfg)
-    disk = estimate_cache(voxels, reports)
+    disk = estimate_cache(voxels, reports, cfg)
     processes = process_number("LOCAL_WORLD_SIZE")  # each takes as much of this machine
     memory = processes * estimate_memory(voxels, reports, base, step, cfg)
     left = free_disk(folder) + cached_bytes(cases, cfg)
@@ -1654,6 +1684,18 @@ def prepare_cases(cases, cfg, step=0, keep_empty=False):
     return cases if keep_empty else keep_with_pvs(reports)
 
 
+def shift_centres(foreground, shape, cfg, rng):
+    """Return the flat indices of voxels off those of PVS, by up to CROP_SHIFT of the patch.
+
+    A network that sees PVS in the middle of its patches only learns that (Isensee et al. 2021).
+    """
+    centres = np.stack(np.unravel_index(foreground.numpy(), shape), axis=1)
+    reach = cfg.CROP_SHIFT * np.array(cfg.IMG_PATCH_SIZE)
+    centres += np.rint(rng.uniform(-reach, reach, centres.shape)).astype(int)
+    inside = np.clip(centres, 0, np.array(shape) - 1)
+    return torch.from_numpy(np.ravel_multi_index(inside.T, shape))
+
+
 class TrainingPatches(Dataset):
     """Training cases by (epoch, number); the patches are a function of SEED, epoch and number."""
 
@@ -1667,7 +1709,11 @@ class TrainingPatches(Dataset):
         epoch, number = key
         entry = load_cached(self.cases[number])
         item = {name: entry[name] for name in (*BOTH, "foreground", "background")}
+        item["label"] = entry.get("soft_label", entry["label"])
         seed = np.random.SeedSequence([self.cfg.SEED, epoch, number]).generate_state(1)[0]
+        if self.cfg.CROP_SHIFT:
+            shape, rng = entry["image"].shape[1:], np.random.default_rng(seed)
+            item["foreground"] = shift_centres(item["foreground"], shape, self.cfg, rng)
         self.transforms.set_random_state(seed=int(seed))
         return self.transforms(item | {"name": self.cases[number]["name"]})
 
@@ -1856,6 +1902,11 @@ def calculate_metrics(pred, label):
     return dict(zip(METRICS, scores, strict=True))
 
 
+def volume_ml(mask, affine):
+    """Return the volume of a mask's voxels."""
+    return float(mask.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000)
+
+
 TOUCHING = np.ones((3, 3, 3))  # voxels of one PVS share a face, an edge or a corner
 LESION_RULES = {"any": "any overlap", "iou": "IoU above 0.1"}  # what makes a PVS found
 
@@ -1974,20 +2025,71 @@ def predict_logits(model, image, cfg):
     )
 
 
-THRESHOLD = 0.5  # a probability above it is PVS
+def predict_prob(model, image, cfg):
+    """Return the probability of PVS of a volume (1, H, W, D), of that shape, working grid.
+
+    It is the mean over the models of a ModuleList and, with TTA_FLIPS, over the volume's eight
+    views, mirrored along none, one, two or all axes.
+    """
+    models = model if isinstance(model, nn.ModuleList) else [model]
+    most = 3 if cfg.TTA_FLIPS else 0
+    views = [axes for n in range(most + 1) for axes in itertools.combinations((1, 2, 3), n)]
+    total = torch.zeros(())
+    for part, axes in itertools.product(models, views):
+        prob = torch.sigmoid(predict_logits(part, image.flip(axes), cfg)[0]).flip(axes)
+        total = prob + total.to(prob.device)
+    return total / (len(models) * len(views))
 
 
 def predict_case(model, entry, cfg):
     """Return the probabilities of PVS on the working grid (H, W, D) and the native grid (X, Y, Z).
 
     `entry` holds the image and affines of `to_working_grid`. Both are float32 arrays. The
-    probability goes to the native grid, not the mask: what it says between voxels is kept. Of a
-    ModuleList of models it is the mean.
+    probability goes to the native grid, not the mask: what it says between voxels is kept.
     """
-    models = model if isinstance(model, nn.ModuleList) else [model]
-    probs = [torch.sigmoid(predict_logits(part, entry["image"], cfg)[0]) for part in models]
-    prob = sum(part.to(probs[0].device) for part in probs) / len(probs)
+    prob = predict_prob(model, entry["image"], cfg)
     return prob[0].cpu().numpy(), to_native_grid(prob, entry)[0].cpu().numpy()
+
+
+def find_components(pred, affine):
+    """Return the components of a mask (X, Y, Z), numbered from 1 on, and their sizes by number.
+
+    In mm3; that of the background, 0, is 0.
+    """
+    components, _ = ndimage.label(pred, TOUCHING)
+    sizes = np.bincount(components.ravel()) * 1000 * volume_ml(np.ones(1), affine)
+    sizes[0] = 0
+    return components, sizes
+
+
+def decide(prob, affine, cfg):
+    """Return the mask of a probability (X, Y, Z): above THRESHOLD, without what is too small."""
+    pred = prob > cfg.THRESHOLD
+    if cfg.SMALLEST_PVS:
+        components, sizes = find_components(pred, affine)
+        pred &= (sizes >= cfg.SMALLEST_PVS)[components]
+    return pred
+
+
+# Candidates of TUNE_DECISION, the default first: of equally good ones the first is taken.
+THRESHOLDS = sorted((percent / 100 for percent in range(10, 95, 5)), key=lambda t: abs(t - 0.5))
+SMALLEST = (0.0, 1.0, 2.0, 4.0, 8.0)  # mm3
+
+
+def score_decisions(prob, label, affine):
+    """Return the Dice (thresholds, smallest sizes) of what `decide` makes of a probability.
+
+    `prob` and `label` (X, Y, Z), which is not empty.
+    """
+    dices = np.zeros((len(THRESHOLDS), len(SMALLEST)))
+    for i, threshold in enumerate(THRESHOLDS):
+        components, sizes = find_components(prob > threshold, affine)
+        voxels = np.bincount(components.ravel())
+        hits = np.bincount(components[label], minlength=len(sizes))
+        for j, smallest in enumerate(SMALLEST):
+            kept = (sizes >= smallest) & (np.arange(len(sizes)) > 0)
+            dices[i, j] = 2 * hits[kept].sum() / (voxels[kept].sum() + label.sum())
+    return dices
 
 
 # ------------------------------------------------------------------------------------- Checkpoints
@@ -2175,7 +2277,7 @@ def restore_config(content, cfg, given):
         if name not in NOT_OF_CHECKPOINT and value != trained:
             told = f"the checkpoint has {one_line(trained) or 'none'}, only training can change it"
             problems.append(f"{name}: {told}")
-    of_run = ("DATA_DIR", "IMAGE_GLOB", "LABEL_GLOB", "AMP")  # the checkpoint's unless given
+    of_run = ("DATA_DIR", "IMAGE_GLOB", "LABEL_GLOB", "AMP", *DECISION)  # unless given
     here = {k: getattr(cfg, k) for k in NOT_OF_CHECKPOINT if k not in of_run or k in given}
     known_here = {name: value for name, value in (saved | here).items() if name in known}
     restored = replace(Config(), **known_here)
@@ -2246,7 +2348,7 @@ def train_one_epoch(model, loader, optimizer, scaler, cfg):
         if step + 1 == group_start + group:
             norm = update_weights(model, optimizer, scaler, cfg)
             numbers.append(("gradient", norm, names))
-        pred, true = logits.detach() > 0, label > 0
+        pred, true = logits.detach() > 0, label > 0.5
         counts += torch.stack([(pred & true).sum(), pred.sum() + true.sum()])
         if time.monotonic() > next_look or step + 1 == len(loader):
             if scaler.get_scale() < LEAST_SCALE:
@@ -2313,7 +2415,10 @@ def share_gradients(model):
 
 
 def build_training(model, cfg):
-    """Return what training changes: model, AdamW, its ReduceLROnPlateau, float16's scaler."""
+    """Return what training changes: model, AdamW, its ReduceLROnPlateau, float16's scaler.
+
+    With EMA_DECAY also "average", the moving average of the model, taken after every step of AdamW.
+    """
     settings = {"lr": cfg.LR, "weight_decay": cfg.WEIGHT_DECAY, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -2322,7 +2427,18 @@ def build_training(model, cfg):
     device = next(model.parameters()).device
     fp16 = autocast_dtype(device, cfg) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-    return {"model": model, "optimizer": optimizer, "plateau": plateau, "scaler": scaler}
+    training = {"model": model, "optimizer": optimizer, "plateau": plateau, "scaler": scaler}
+    if cfg.EMA_DECAY:
+        function = get_ema_multi_avg_fn(cfg.EMA_DECAY)
+        average = AveragedModel(model, multi_avg_fn=function, use_buffers=True)
+        optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
+        training["average"] = average
+    return training
+
+
+def model_to_keep(training):
+    """Return the model that is validated and saved: the moving average where there is one."""
+    return training["average"].module if "average" in training else training["model"]
 
 
 def fit(model, cfg, split, last=None, known=()):
@@ -2370,13 +2486,16 @@ def train_and_validate(parallel, loader, training, val_cases, history, cfg):
 
     `parallel`: the model as `share_gradients` has it.
     """
-    model, optimizer, plateau, scaler = training.values()
+    optimizer, plateau, scaler = (training[k] for k in ("optimizer", "plateau", "scaler"))
+    model = model_to_keep(training)
     start, epoch = time.perf_counter(), loader.sampler.epoch
     row = {"epoch": epoch, "val_loss": None, "val_dice": None}
     row["lr"] = optimizer.param_groups[0]["lr"]
     row["train_loss"], row["train_dice"] = train_one_epoch(parallel, loader, optimizer, scaler, cfg)
-    for buffer in model.buffers() if parallel is not model else ():
-        dist.broadcast(buffer, 0)  # BatchNorm's statistics, as the checkpoint will have them
+    several = process_number("WORLD_SIZE") > 1
+    for part in {training["model"], model} if several else ():
+        for buffer in part.buffers():
+            dist.broadcast(buffer, 0)  # BatchNorm's statistics, as the checkpoint has them
     seconds = gather([time.perf_counter() - start])[0]  # the first process's, for all
     row["seconds"] = round(seconds, 2)
     last = epoch == cfg.EPOCHS or time_is_up([*history, row], cfg)
@@ -2392,7 +2511,7 @@ def save_epoch(training, cfg, split, progress, improved):
     out, history = Path(cfg.OUTPUT_DIR), progress["history"]
     if improved:
         best = out / "checkpoints" / "best_model.pth"
-        save_checkpoint(best, training["model"], cfg, split, history[-1], progress["known"])
+        save_checkpoint(best, model_to_keep(training), cfg, split, history[-1], progress["known"])
     write_json(out / "logs" / "training_history.json", history)
     # Last: a run that is killed before goes through the epoch again, and writes all of it again.
     save_last(out / "checkpoints" / "last.pth", training, cfg, split, progress)
@@ -2472,11 +2591,6 @@ def score_case(case, entry, working_pred, pred, label):
         row[f"{burden}_error"] = error
         row[f"{burden}_error_percent"] = 100 * error / true if true else None
     return row | calculate_boundary_metrics(pred, label, nib.affines.voxel_sizes(affine))
-
-
-def volume_ml(mask, affine):
-    """Return the volume of a mask's voxels."""
-    return float(mask.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000)
 
 
 RESAMPLES = {"n_resamples": 10_000, "vectorized": True}
@@ -2639,6 +2753,7 @@ def write_cross_validation(cfg):
 def read_folds(top, cfg):
     """Return {fold: rows of its test scans} of the finished folds of the same settings and data."""
     found, own = {}, {*NOT_OF_TRAINING, "FOLD", "AMP"}
+    own |= {"THRESHOLD", "SMALLEST_PVS"} if cfg.TUNE_DECISION else set()  # each fold's own
     wanted = {k: v for k, v in json.loads(json.dumps(asdict(cfg))).items() if k not in own}
     for fold in range(1, cfg.FOLDS + 1):
         path = top / f"fold-{fold}" / "logs" / "comprehensive_test_metrics.json"
@@ -2737,13 +2852,11 @@ def prediction_path(case, cfg, suffix="mask"):
     return folder / f"{case['name']}_label-PVS_desc-{NETWORKS[cfg.ARCHITECTURE]}_{suffix}.nii.gz"
 
 
-def write_prediction(case, prob, cfg):
-    """Write the mask of a native probability, with SAVE_PROBABILITIES that too; return the mask."""
-    pred = prob > THRESHOLD
+def write_prediction(case, pred, prob, cfg):
+    """Write a mask on the native grid, with SAVE_PROBABILITIES the probability too."""
     write_nifti(prediction_path(case, cfg), pred.astype(np.uint8), case["image"])
     if cfg.SAVE_PROBABILITIES:
         write_nifti(prediction_path(case, cfg, "probseg"), prob, case["image"])
-    return pred
 
 
 def write_description(cases, cfg):
@@ -2751,12 +2864,15 @@ def write_description(cases, cfg):
     folders = [Path(case["image"]).resolve().parents for case in cases]
     marked = ([p for p in above if (p / "dataset_description.json").exists()] for above in folders)
     sources = {(found or above)[0] for found, above in zip(marked, folders, strict=True)}
-    made = f"{describe_network(cfg)}, {describe_grid(cfg)}; probability on the native grid"
+    made = f"{describe_network(cfg)}, {describe_grid(cfg)}; probability on the native grid, "
+    made += f"mask where above {cfg.THRESHOLD:g}"
+    if cfg.SMALLEST_PVS:
+        made += f", without components below {cfg.SMALLEST_PVS:g} mm3"
     content = {
         "Name": "Perivascular spaces (PVS), predicted",
         "BIDSVersion": "1.10.0",
         "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": "train_pvs.py", "Description": f"{made}, mask where above 0.5"}],
+        "GeneratedBy": [{"Name": "train_pvs.py", "Description": made}],
         "SourceDatasets": [{"URL": folder.as_uri()} for folder in sorted(sources)],
     }
     write_json(Path(cfg.OUTPUT_DIR) / "predictions" / "dataset_description.json", content)
@@ -3222,8 +3338,10 @@ def evaluate(model, cases, weights, cfg):
         image, label = read_again(case)
         affine = entry["native_affine"].numpy()
         working_prob, prob = predict_case(model, entry, cfg)
-        pred = write_prediction(case, prob, cfg)
-        rows.append(score_case(case, entry, working_prob > THRESHOLD, pred, label))
+        pred = decide(prob, affine, cfg)
+        write_prediction(case, pred, prob, cfg)
+        working_pred = decide(working_prob, entry["affine"].numpy(), cfg)
+        rows.append(score_case(case, entry, working_pred, pred, label))
         masks = {"ground truth": label, "prediction": pred}
         title = describe_scores(rows[-1], affine, cfg)
         slices.append(draw_case(case, image, affine, masks, title, cfg))
@@ -3243,6 +3361,24 @@ def evaluate(model, cases, weights, cfg):
         log_cross_validation(*write_cross_validation(cfg), cfg)
     log.info("\nScores and figures are in %s", out.resolve())
     return 0
+
+
+def choose_decision(model, cases, cfg):
+    """Return the Config with the THRESHOLD and SMALLEST_PVS of the best mean native Dice.
+
+    `cases`: the validation's; the test cases must have no say in it.
+    """
+    dices = []
+    for case in Progress(share(cases), "choosing the threshold"):
+        entry, label = load_cached(case), read_again(case)[1]
+        prob = predict_case(model, entry, cfg)[1]
+        dices.append(score_decisions(prob, label, entry["native_affine"].numpy()))
+    means = np.mean(gather(dices), axis=0)
+    threshold, smallest = np.unravel_index(means.argmax(), means.shape)
+    chosen = {"THRESHOLD": THRESHOLDS[threshold], "SMALLEST_PVS": SMALLEST[smallest]}
+    told = "Threshold %g, smallest PVS %g mm3: native Dice %.4f of the validation scans, not %.4f"
+    log.info(told, *chosen.values(), means.max(), means[0, 0])
+    return replace(cfg, **chosen)
 
 
 def train_and_test(model, split, cfg, last=None, known=()):
@@ -3273,6 +3409,10 @@ def train_and_test(model, split, cfg, last=None, known=()):
     best = describe_weights(content, best_path)
     told = "Best validation Dice %.4f on the working grid, in epoch %d"
     log.info(told, best["val_dice"], best["epoch"])
+    if cfg.TUNE_DECISION:
+        cfg = choose_decision(model, split["val"], cfg)
+        if first_process():
+            write_torch(best_path, content | {"config": asdict(cfg)})
     evaluate(model, split["test"], best, cfg)
     if best["val_dice"] > 0:
         return 0
@@ -3294,7 +3434,8 @@ def segment_scan(model, case, cfg):
         log.warning("Warning: %s", caution)
     entry = to_working_grid({"image": image}, cfg)
     prob, affine = predict_case(model, entry, cfg)[1], entry["native_affine"].numpy()
-    pred = write_prediction(case, prob, cfg)
+    pred = decide(prob, affine, cfg)
+    write_prediction(case, pred, prob, cfg)
     burden = {"count": ndimage.label(pred, TOUCHING)[1], "volume_ml": volume_ml(pred, affine)}
     told = f"{case['name']}: {burden['count']} PVS, {burden['volume_ml']:.3f} ml predicted"
     spacing = spacing_words(ras_spacing(affine))
@@ -3402,10 +3543,13 @@ ALIKE = (*NETWORK_SETTINGS, "PIX_DIM", "INTENSITY_PERCENTILES", "IMG_PATCH_SIZE"
 def restore_configs(paths, contents, cfg, given):
     """Return the Config of checkpoints that are used together, see `restore_config`.
 
+    Of their THRESHOLD and SMALLEST_PVS the mean.
+
     Raises:
         ValueError: they are of different networks or grids, names what differs.
     """
-    first, *others = (restore_config(content, cfg, given) for content in contents)
+    configs = [restore_config(content, cfg, given) for content in contents]
+    first, *others = configs
     problems = []
     for path, other in zip(paths[1:], others, strict=True):
         for name in ALIKE:
@@ -3414,7 +3558,8 @@ def restore_configs(paths, contents, cfg, given):
                 problems.append(f"{name}: {paths[0]} has {one}, {path} has {two}")
     if problems:
         raise ValueError("checkpoints that do not go together:\n  " + "\n  ".join(problems))
-    return first
+    decision = ("THRESHOLD", "SMALLEST_PVS")
+    return replace(first, **{k: float(np.mean([getattr(c, k) for c in configs])) for k in decision})
 
 
 def load_models(paths, contents, cfg):

@@ -105,6 +105,7 @@ OTHER = {  # valid values that are not the default, where adding a little does n
     "ENCODER_WEIGHTS": "none",
     "ENCODER_DEPTH": 4,
     "ARCHITECTURE": "dynunet",
+    "LABEL_RESAMPLING": "soft",
     "INIT_FROM": __file__,
     "SPLIT": __file__,
     "FOLDS": 5,
@@ -132,6 +133,11 @@ def test_flag_reaches_its_field_in_its_type(name):
 # ----------------------------------------------------------------------------------- wrong settings
 
 WRONG = {
+    "LABEL_RESAMPLING": "linear",
+    "THRESHOLD": "0",
+    "EMA_DECAY": "1",
+    "CROP_SHIFT": "0.6",
+    "SMALLEST_PVS": "-1",
     "IMG_PATCH_SIZE": "16 20 16",  # 2**3 does not divide 20
     "TEST_FRACTION": "1.5",
     "VAL_FRACTION": "0",

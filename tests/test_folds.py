@@ -197,6 +197,23 @@ def test_two_equal_checkpoints_equal_one_and_two_others_their_mean(folds, predic
     np.testing.assert_allclose(predict(one, two), (first + second) / 2, atol=1e-6)
 
 
+def test_ensemble_decides_by_the_mean_of_its_thresholds(folds, tmp_path):
+    folder, *_ = folds
+    paths = [tmp_path / f"{number}.pth" for number in (1, 2)]
+    for path, threshold, smallest in zip(paths, (0.2, 0.6), (1.0, 4.0), strict=True):
+        content = torch.load(checkpoint(folder, 1), weights_only=True)
+        content["config"] |= {"THRESHOLD": threshold, "SMALLEST_PVS": smallest}
+        torch.save(content, path)
+    contents = [train_pvs.read_checkpoint(path) for path in paths]
+    cfg = train_pvs.restore_configs(paths, contents, train_pvs.Config(), {})
+    assert round(cfg.THRESHOLD, 9) == 0.4
+    assert cfg.SMALLEST_PVS == 2.5
+    here = train_pvs.replace(train_pvs.Config(), THRESHOLD=0.3)
+    given = train_pvs.restore_configs(paths, contents, here, {"THRESHOLD": 0.3})
+    assert given.THRESHOLD == 0.3
+    assert given.SMALLEST_PVS == 2.5
+
+
 def test_ensemble_of_one_is_the_network_itself(tiny_config):
     cfg = tiny_config()
     image = torch.rand(1, 24, 24, 24, generator=torch.Generator().manual_seed(0))

@@ -271,8 +271,7 @@ def test_written_prediction_lies_on_the_grid_of_the_scan_by_its_very_header(
     cfg = tiny_config(OUTPUT_DIR=str(tmp_path), SAVE_PROBABILITIES=True)
     case = train_pvs.name_case(path)
     prob = np.random.default_rng(1).random((5, 6, 7)).astype(np.float32)
-    mask = train_pvs.write_prediction(case, prob, cfg)
-    assert np.array_equal(mask, prob > 0.5)
+    train_pvs.write_prediction(case, prob > 0.5, prob, cfg)
     scan = nib.load(path)
     folder = tmp_path / "predictions" / "sub-1" / "anat"
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -310,7 +309,8 @@ def test_scaling_and_intent_of_the_scan_are_not_those_of_the_mask(tiny_config, t
     path.write_bytes(content)
     assert nib.load(path).get_fdata()[0, 0, 1] == 100.25
     cfg = tiny_config(OUTPUT_DIR=str(tmp_path))
-    train_pvs.write_prediction(train_pvs.name_case(path), np.ones((5, 6, 7), np.float32), cfg)
+    prob = np.ones((5, 6, 7), np.float32)
+    train_pvs.write_prediction(train_pvs.name_case(path), prob > 0.5, prob, cfg)
     written = nib.load(next((tmp_path / "predictions").rglob("*_mask.nii.gz")))
     assert (written.get_fdata() == 1).all()
     assert float(written.header["cal_max"]) == 0
@@ -339,3 +339,85 @@ def test_windows_come_from_and_go_to_the_device_where_they_are_blended(monkeypat
     monkeypatch.setattr(train_pvs, "sliding_window_inference", sliding_window_inference)
     train_pvs.predict_logits(model.to("meta"), torch.zeros(1, 8, 8, 8), tiny_config())
     assert moved == [("cpu", "meta", "cpu")]
+
+
+# -------------------------------------------------------------------- from probabilities to a mask
+
+
+class Slope(nn.Module):
+    """A model that adds to the image's value how far a voxel is along the axes of its window."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, image):
+        axes = (torch.linspace(-1, 1, n) for n in image.shape[2:])
+        places = torch.meshgrid(*axes, indexing="ij")
+        return image + sum(k * place for k, place in enumerate(places, 1))
+
+
+def test_mirrored_views_are_put_back_and_averaged(tiny_config):
+    # One window, in which the voxel at (x, y, z) of -1 to 1 has the logit image + x + 2 y + 3 z,
+    # and in the views mirrored along some axes image +- x +- 2 y +- 3 z.
+    image = torch.rand(1, 16, 16, 16)
+    entry = {"image": image, "affine": torch.eye(4), "native_affine": torch.eye(4)}
+    entry["native_shape"] = image.shape[1:]
+    plain, cfg = tiny_config(AMP=False), tiny_config(AMP=False, TTA_FLIPS=True)
+    x, y, z = torch.meshgrid(*3 * [torch.linspace(-1, 1, 16)], indexing="ij")
+    signs = [(a, b, c) for a in (1, -1) for b in (1, -1) for c in (1, -1)]
+    expected = sum(torch.sigmoid(image[0] + a * x + 2 * b * y + 3 * c * z) for a, b, c in signs) / 8
+    working, native = train_pvs.predict_case(Slope(), entry, cfg)
+    np.testing.assert_allclose(working, expected, atol=1e-5)
+    np.testing.assert_allclose(native, expected, atol=1e-5)
+    working, _ = train_pvs.predict_case(Slope(), entry, plain)
+    np.testing.assert_allclose(working, torch.sigmoid(image[0] + x + 2 * y + 3 * z), atol=1e-5)
+
+
+def three_components():
+    """Return probabilities with components of 1, 3 and 8 voxels, the last of 0.6, and an affine.
+
+    A voxel has 0.5 x 2 x 2 = 2 mm3; the three voxels touch at corners only.
+    """
+    prob = np.zeros((12, 10, 8), np.float32)
+    prob[1, 1, 1] = 0.9
+    prob[4, 1, 1] = prob[5, 2, 2] = prob[6, 3, 3] = 0.9
+    prob[8:10, 6:8, 4:6] = 0.6
+    return prob, np.diag([0.5, -2, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("threshold", "smallest", "voxels"),
+    [
+        *[(0.5, 0, 12), (0.5, 2, 12), (0.5, 2.5, 11), (0.5, 6, 11), (0.5, 6.1, 8)],
+        *[(0.7, 0, 4), (0.7, 6, 3), (0.7, 100, 0), (0.95, 2, 0)],
+    ],
+)
+def test_mask_is_above_the_threshold_without_components_that_are_too_small(
+    threshold, smallest, voxels, tiny_config
+):
+    prob, affine = three_components()
+    pred = train_pvs.decide(prob, affine, tiny_config(THRESHOLD=threshold, SMALLEST_PVS=smallest))
+    assert (pred.dtype, pred.sum()) == (bool, voxels)
+
+
+def test_scores_of_the_candidates_are_those_of_the_masks_that_they_make(tiny_config):
+    rng = np.random.default_rng(0)
+    prob = ndimage.gaussian_filter(rng.random((20, 20, 20)), 1)
+    prob = ((prob - prob.min()) / np.ptp(prob)).astype(np.float32)
+    label, affine = rng.random(prob.shape) < prob - 0.2, np.diag([1, 1, 1.5, 1])
+    dices = train_pvs.score_decisions(prob, label, affine)
+    assert dices.shape == (17, 5)
+    assert len(np.unique(dices)) > 20
+    for i, threshold in enumerate(train_pvs.THRESHOLDS):
+        for j, smallest in enumerate(train_pvs.SMALLEST):
+            cfg = tiny_config(THRESHOLD=threshold, SMALLEST_PVS=smallest)
+            pred = train_pvs.decide(prob, affine, cfg)
+            expected = train_pvs.calculate_metrics(pred, label)["dice"]
+            assert dices[i, j] == pytest.approx(expected)
+
+
+def test_first_candidates_are_those_of_the_settings():
+    assert (train_pvs.THRESHOLDS[0], train_pvs.SMALLEST[0]) == (0.5, 0)
+    assert min(train_pvs.THRESHOLDS) == 0.1
+    assert max(train_pvs.THRESHOLDS) == 0.9

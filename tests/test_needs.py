@@ -121,9 +121,9 @@ def test_cache_is_bounded_by_the_headers_and_refined_by_the_first_cases(data, ti
     reports = [train_pvs.prepare_case(case, cfg) for case in cases]
     taken = sum(path.stat().st_size for path in (data.parent / "out" / "cache").iterdir())
     assert taken == sum(report["cache_bytes"] for report in reports)
-    assert train_pvs.estimate_cache(voxels, []) > taken
-    assert train_pvs.estimate_cache(voxels, reports[:3]) == pytest.approx(taken, rel=0.25)
-    assert train_pvs.estimate_cache(voxels, reports) == pytest.approx(taken)
+    assert train_pvs.estimate_cache(voxels, [], cfg) > taken
+    assert train_pvs.estimate_cache(voxels, reports[:3], cfg) == pytest.approx(taken, rel=0.25)
+    assert train_pvs.estimate_cache(voxels, reports, cfg) == pytest.approx(taken)
 
 
 def test_step_memory_counts_weights_four_times_and_what_backward_keeps(tiny_config):

@@ -68,6 +68,19 @@ def test_interrupted_run_becomes_the_same(name, call, when, expected, data, run,
     assert outcome(tmp_path / "out") == expected
 
 
+def test_interrupted_run_with_average_and_chosen_threshold_becomes_the_same(
+    data, run, plain, tmp_path
+):
+    flags = (*FLAGS, "--ema-decay", 0.7, "--tune-decision", "--crop-shift", 0.3)
+    assert run(*flags, out=tmp_path / "whole")[0] in (0, 1)
+    for name, call in (("update_weights", 2), ("save_last", 3), ("choose_decision", 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt(patch, name, call, "before")
+            assert run(*flags, *(["--resume"] if name != "update_weights" else []))[0] == 130
+    assert run(*flags, "--resume")[0] in (0, 1)
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
 def test_workers_and_folders_may_differ_on_resuming(expected, data, run, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, "save_last", 2, "after")

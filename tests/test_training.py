@@ -3,13 +3,14 @@
 import json
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import train_pvs
-from conftest import image_path, label_path, save_nifti
+from conftest import TINY, image_path, label_path, make_subject, save_nifti
 
 
 class Batches(list):
@@ -291,3 +292,104 @@ def test_training_ends_with_a_validated_epoch_when_its_minutes_are_over(
     validated = [row["epoch"] for row in history if row["val_dice"] is not None]
     assert validated == [1, epochs]
     assert ("Stopped after" in messages.text) == (minutes > 0)
+
+
+# ------------------------------------------------------------------------------ weights' average
+
+
+def test_average_follows_the_weights_and_is_what_is_validated_and_kept(
+    data, run, monkeypatch, tmp_path
+):
+    seen, real = [], train_pvs.validate
+
+    def validate(model, *args):
+        seen.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
+        return real(model, *args)
+
+    weights, update = [], train_pvs.update_weights
+
+    def update_weights(model, *args):
+        norm = update(model, *args)
+        weights.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
+        return norm
+
+    monkeypatch.setattr(train_pvs, "validate", validate)
+    monkeypatch.setattr(train_pvs, "update_weights", update_weights)
+    assert run("--ema-decay", 0.6, "--epochs", 2, "--no-amp")[0] in (0, 1)
+    steps = len(weights) // 2
+    average = weights[0]
+    for step, now in enumerate(weights):  # the first is taken as it is
+        average = 0.6 * average + 0.4 * now if step else now
+        if (step + 1) % steps == 0:
+            torch.testing.assert_close(seen[step // steps], average, atol=1e-6, rtol=1e-4)
+            assert (average - now).abs().max() > 1e-4
+    content = torch.load(tmp_path / "out" / "checkpoints" / "best_model.pth", weights_only=True)
+    best = content["history_row"]["epoch"]
+    cfg, _ = train_pvs.parse_command_line(["--data-dir", str(data), *TINY])
+    model = train_pvs.build_model(cfg)
+    model.load_state_dict(content["model"])
+    kept = nn.utils.parameters_to_vector(model.parameters()).detach()
+    assert torch.equal(kept, seen[best - 1])
+
+
+# --------------------------------------------------------------------- threshold and smallest PVS
+
+
+def test_average_and_decision_are_of_the_validation_scans_and_never_of_the_test(
+    data, run, monkeypatch, tmp_path
+):
+    """Other test scans and masks must not change a bit; other validation masks must.
+
+    The network's probability is taken to be 0.45 in every other slice of the bright tubes, 0.25 in
+    other tissue. A mask of the tubes is met best by thresholds below 0.45, with Dice 0.67 or so;
+    one of all tissue by those below 0.25, with Dice 1, and so would be the mean of the two.
+    """
+
+    def predict_logits(model, image, cfg):
+        prob = torch.where(image.float() > 0.02, 0.25, 0.01)
+        prob[:, ::2][image[:, ::2] > 0.7] = 0.45
+        return torch.logit(prob)[None]
+
+    monkeypatch.setattr(train_pvs, "predict_logits", predict_logits)
+    flags = ("--ema-decay", 0.5, "--tune-decision", "--epochs", 2)
+
+    def kept(out):
+        assert run(*flags, out=out)[0] == 1
+        content = torch.load(out / "checkpoints" / "best_model.pth", weights_only=True)
+        weights = torch.cat([value.flatten().float() for value in content["model"].values()])
+        return weights, [content["config"][name] for name in ("THRESHOLD", "SMALLEST_PVS")]
+
+    weights, decision = kept(tmp_path / "out")
+    assert decision == [0.4, 0.0]
+    parts = json.loads((tmp_path / "out" / "logs" / "split.json").read_text())
+    (test,), (val,) = parts["test"], parts["val"]
+    make_subject(data, test, seed=50)
+    tissue = {
+        name: np.asarray(nib.load(image_path(data, name)).dataobj) > 200 for name in (test, val)
+    }
+    save_nifti(label_path(data, test), tissue[test].astype(np.int16))
+    other = kept(tmp_path / "other-test")
+    assert torch.equal(other[0], weights)
+    assert other[1] == decision
+    save_nifti(label_path(data, val), tissue[val].astype(np.int16))
+    assert kept(tmp_path / "other-val")[1] == [0.2, 0.0]
+
+
+def test_chosen_decision_is_what_tests_and_predictions_use(data, run, monkeypatch, tmp_path):
+    chosen = {"THRESHOLD": 0.003, "SMALLEST_PVS": 3.0}
+    choose = lambda model, cases, cfg: train_pvs.replace(cfg, **chosen)  # noqa: E731
+    monkeypatch.setattr(train_pvs, "choose_decision", choose)
+    assert run("--tune-decision")[0] in (0, 1)
+    out = tmp_path / "out"
+    metrics = out / "logs" / "comprehensive_test_metrics.json"
+    first = json.loads(metrics.read_text())
+    description = json.loads((out / "predictions" / "dataset_description.json").read_text())
+    told = description["GeneratedBy"][0]["Description"]
+    assert told.endswith("mask where above 0.003, without components below 3 mm3")
+    machine = ["--output-dir", str(out), "--num-workers", "0", "--device", "cpu"]
+    assert train_pvs.main(["--evaluate", *machine]) == 0
+    again = json.loads(metrics.read_text())
+    assert again["subjects"] == first["subjects"]
+    assert again["config"]["SMALLEST_PVS"] == 3
+    assert train_pvs.main(["--evaluate", *machine, "--smallest-pvs", "100000"]) == 0
+    assert json.loads(metrics.read_text())["subjects"][0]["count_pred"] == 0

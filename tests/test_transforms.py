@@ -370,3 +370,72 @@ def test_case_is_augmented_as_often_as_the_probabilities_say(monkeypatch, tiny_c
     dataset = patches_of(monkeypatch, tiny_config(CROPS_PER_VOLUME=200), image, image > 0.9)
     same = np.mean([torch.equal(patch["image"][0], image.float()) for patch in dataset[1, 0]])
     assert same == pytest.approx(0.31, abs=0.1)
+
+
+@pytest.mark.parametrize(("shift", "least", "most"), [(0.0, 8, 8), (0.25, 4, 12)])
+def test_crops_are_off_their_pvs_voxel_by_at_most_the_shift(
+    shift, least, most, monkeypatch, tiny_config
+):
+    # One labelled voxel in the middle of 64^3, patches of 16^3: without a shift it is in their
+    # middle, the ninth voxel, with one of 0.25 up to 4 voxels from there along each axis.
+    label = np.zeros((64, 64, 64), np.float32)
+    label[32, 32, 32] = 1
+    cfg = tiny_config(CROP_SHIFT=shift, POS_NEG_RATIO=1000.0, CROPS_PER_VOLUME=1)
+    dataset = patches_of(monkeypatch, cfg, np.zeros_like(label), label)
+    force(dataset)
+    patches = [dataset[epoch, 0][0]["label"][0] for epoch in range(60)]
+    places = np.array([patch.nonzero()[0].tolist() for patch in patches if patch.any()])
+    assert len(places) > 55
+    assert (places.min(), places.max()) == (least, most)
+    assert len(np.unique(places[:, 0])) == most - least + 1
+
+
+# ------------------------------------------------------------------------------------- soft labels
+
+
+def occupancy(label, affine, working_affine, shape):
+    label = MetaTensor(torch.from_numpy(label)[None].float(), torch.from_numpy(affine))
+    return train_pvs.occupancy(label, torch.from_numpy(working_affine), shape)
+
+
+def test_soft_label_is_the_part_of_the_voxel_that_is_labelled():
+    # Voxels of 1 mm in blocks of 2 x 2 x 2: the samples of a 2 mm voxel are the 1 mm voxels.
+    label = np.random.default_rng(0).random((8, 10, 12)) < 0.3
+    working = nib.affines.from_matvec(2 * np.eye(3), 3 * [0.5])
+    soft = occupancy(label, np.eye(4), working, (4, 5, 6))
+    expected = label.reshape(4, 2, 5, 2, 6, 2).mean((1, 3, 5))
+    assert soft.dtype == torch.float16
+    np.testing.assert_allclose(soft[0].float(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SAR"])
+def test_soft_label_keeps_the_volume_of_thin_pvs_in_any_orientation(codes, tiny_config):
+    to_ras = nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(codes), (1, 1, 1))
+    affine = to_ras @ np.diag([0.8, 0.8, 0.8, 1])
+    head, label = 400.0 * ball((50, 46, 44), 18), np.zeros((50, 46, 44))
+    for x, y in ((20, 18), (25, 25), (29, 22), (22, 28)):
+        label[x, y, 15:30] = 1
+    volumes = {
+        key: MetaTensor(torch.from_numpy(np.float32(array))[None], torch.from_numpy(affine))
+        for key, array in {"image": head + 200 * label, "label": label}.items()
+    }
+    cfg = tiny_config(PIX_DIM=(1.5, 1.5, 1.5), LABEL_RESAMPLING="soft")
+    entry = train_pvs.to_working_grid(volumes, cfg)
+    soft = entry["soft_label"]
+    assert soft.shape == entry["label"].shape
+    volume = float(soft.sum()) * 1.5**3
+    assert volume == pytest.approx(label.sum() * 0.8**3, rel=0.03)
+    assert "soft_label" not in train_pvs.to_working_grid(volumes, tiny_config())
+
+
+def test_training_sees_the_soft_label_and_scores_the_other(data, tiny_config, tmp_path):
+    settings = {"DATA_DIR": str(data), "OUTPUT_DIR": str(tmp_path), "PIX_DIM": (1.5, 1.5, 1.5)}
+    cfg = tiny_config(LABEL_RESAMPLING="soft", **settings)
+    cases = train_pvs.prepare_cases(train_pvs.find_cases(cfg), cfg)
+    values = torch.cat([p["label"].flatten() for p in train_pvs.TrainingPatches(cases, cfg)[1, 0]])
+    assert ((values > 0.05) & (values < 0.95)).any()
+    assert 0 <= values.min() < values.max() <= 1
+    nearest = train_pvs.prepare_cases(train_pvs.find_cases(cfg), tiny_config(**settings))
+    assert nearest[0]["cache"] != cases[0]["cache"]
+    labels = [train_pvs.load_cached(case[0])["label"] for case in (cases, nearest)]
+    assert torch.equal(*labels)
