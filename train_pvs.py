@@ -321,6 +321,7 @@ def check_config(cfg):
     problems = {}
 
     def expect(name, good, expected):
+        """Note a sentence where a setting is not good, the first of each."""
         if not good and name not in problems:
             value = getattr(cfg, name)
             got = " ".join(map(str, value)) if isinstance(value, tuple) else value
@@ -332,14 +333,18 @@ def check_config(cfg):
         values = value if isinstance(value, tuple) else (value,)
         good = all(isinstance(number, kind) and low <= number <= high for number in values)
         expect(name, good, f"{'whole numbers' if kind is int else 'numbers'} from {low} to {high}")
-    for name in ("DATA_DIR", "OUTPUT_DIR", "IMAGE_GLOB", "LABEL_GLOB", "DEVICE"):
+    check_places(cfg, expect)
+    check_words(cfg, expect)
+    check_numbers(cfg, expect, set(problems))
+    return list(problems.values())
+
+
+def check_places(cfg, expect):
+    """Call `expect` with every setting that names files or folders."""
+    for name in ("DATA_DIR", "OUTPUT_DIR", "IMAGE_GLOB", "LABEL_GLOB"):
         expect(name, getattr(cfg, name).strip(), "a value")
     for name in ("IMAGE_GLOB", "LABEL_GLOB"):
         expect(name, not Path(getattr(cfg, name)).is_absolute(), "a pattern below DATA_DIR")
-    if not {"FOLDS", "FOLD"} & set(problems):
-        expect("FOLDS", cfg.FOLDS != 1, "2 or more, or 0")
-        good = 1 <= cfg.FOLD <= cfg.FOLDS if cfg.FOLDS else cfg.FOLD == 0
-        expect("FOLD", good, "a number from 1 to FOLDS, which may be 0 for none")
     expect("SPLIT", not (cfg.SPLIT and cfg.FOLDS), "none together with FOLDS")
     expect("SPLIT", not cfg.SPLIT or os.path.isfile(cfg.SPLIT), "a JSON file that exists")
     out = fold_folder(cfg, cfg.FOLD) if cfg.FOLD else cfg.OUTPUT_DIR
@@ -347,22 +352,35 @@ def check_config(cfg):
     expect("OUTPUT_DIR", apart, "another folder than DATA_DIR")
     for name in ("OUTPUT_DIR", "CACHE_DIR"):  # torch maps no others into memory
         expect(name, not re.search("[\ud800-\udfff]", getattr(cfg, name)), "a name in UTF-8")
-    known = re.fullmatch("efficientnet-b[0-7]", cfg.ENCODER_NAME)
-    expect("ENCODER_NAME", known, "efficientnet-b0 to efficientnet-b7")
-    expect("ARCHITECTURE", cfg.ARCHITECTURE in NETWORKS, " or ".join(NETWORKS))
-    expect("LABEL_RESAMPLING", cfg.LABEL_RESAMPLING in ("nearest", "soft"), "nearest or soft")
-    if "PIX_DIM" not in problems:
-        good = not any(cfg.PIX_DIM) or min(cfg.PIX_DIM) >= SMALLEST_SIDE
-        expect("PIX_DIM", good, f"numbers from {SMALLEST_SIDE}, or 0 0 0")
     known = cfg.ENCODER_WEIGHTS in ("imagenet", "none") or os.path.isfile(cfg.ENCODER_WEIGHTS)
     expect("ENCODER_WEIGHTS", known, "imagenet, none or a file that exists")
     known = not cfg.INIT_FROM or os.path.isfile(cfg.INIT_FROM)
     expect("INIT_FROM", known, "a checkpoint that exists")
+
+
+def check_words(cfg, expect):
+    """Call `expect` with every setting that is one of several words."""
+    known = re.fullmatch("efficientnet-b[0-7]", cfg.ENCODER_NAME)
+    expect("ENCODER_NAME", known, "efficientnet-b0 to efficientnet-b7")
+    expect("ARCHITECTURE", cfg.ARCHITECTURE in NETWORKS, " or ".join(NETWORKS))
+    expect("LABEL_RESAMPLING", cfg.LABEL_RESAMPLING in ("nearest", "soft"), "nearest or soft")
+    expect("DEVICE", cfg.DEVICE.strip(), "a value")
     expect("DEVICE", device_works(cfg.DEVICE), "auto, cpu or a device of this machine")
-    if "INTENSITY_PERCENTILES" not in problems:
+
+
+def check_numbers(cfg, expect, wrong):
+    """Call `expect` with the numbers that depend on others, but for those in `wrong`."""
+    if not {"FOLDS", "FOLD"} & wrong:
+        expect("FOLDS", cfg.FOLDS != 1, "2 or more, or 0")
+        good = 1 <= cfg.FOLD <= cfg.FOLDS if cfg.FOLDS else cfg.FOLD == 0
+        expect("FOLD", good, "a number from 1 to FOLDS, which may be 0 for none")
+    if "PIX_DIM" not in wrong:
+        good = not any(cfg.PIX_DIM) or min(cfg.PIX_DIM) >= SMALLEST_SIDE
+        expect("PIX_DIM", good, f"numbers from {SMALLEST_SIDE}, or 0 0 0")
+    if "INTENSITY_PERCENTILES" not in wrong:
         low, high = cfg.INTENSITY_PERCENTILES
         expect("INTENSITY_PERCENTILES", low < high, "a smaller and a larger number")
-    if not {"IMG_PATCH_SIZE", "ENCODER_DEPTH"} & set(problems):
+    if not {"IMG_PATCH_SIZE", "ENCODER_DEPTH"} & wrong:
         divisor = 2**cfg.ENCODER_DEPTH
         multiple = all(side % divisor == 0 for side in cfg.IMG_PATCH_SIZE)
         expect("IMG_PATCH_SIZE", multiple, f"multiples of {divisor} (2**ENCODER_DEPTH)")
@@ -371,7 +389,6 @@ def check_config(cfg):
         expect("CROPS_PER_VOLUME", several, "more than 1 with such small patches (BatchNorm)")
         larger = cfg.ARCHITECTURE != "dynunet" or not lone
         expect("IMG_PATCH_SIZE", larger, f"more than {divisor} for dynunet (its norm)")
-    return list(problems.values())
 
 
 def check_types(cfg):
@@ -2217,6 +2234,16 @@ def load_weights(model, content, path):
 NETWORK_SETTINGS = ("ARCHITECTURE", "ENCODER_NAME", "ENCODER_DEPTH", "DECODER_WIDTH")
 
 
+def list_differences(one, two, names):
+    """Return the names of the settings in which two dicts of them differ.
+
+    Settings that one of them lacks are Config's; dynunet has no ENCODER_NAME.
+    """
+    one, two = (asdict(Config()) | settings for settings in (one, two))
+    unused = "ENCODER_NAME" if one["ARCHITECTURE"] == two["ARCHITECTURE"] == "dynunet" else ""
+    return [name for name in names if one[name] != two[name] and name != unused]
+
+
 def load_initial_weights(model, cfg):
     """Load the weights of INIT_FROM, where there is one, into the model.
 
@@ -2230,10 +2257,9 @@ def load_initial_weights(model, cfg):
         return [], []
     content = read_checkpoint(cfg.INIT_FROM)
     problems = []
-    for name in NETWORK_SETTINGS:
-        trained, now = content["config"].get(name, getattr(Config, name)), getattr(cfg, name)
-        if trained != now and not (name == "ENCODER_NAME" and cfg.ARCHITECTURE == "dynunet"):
-            problems.append(f"{name}: the checkpoint has {one_line(trained)}, now it is {now}")
+    for name in list_differences(content["config"], asdict(cfg), NETWORK_SETTINGS):
+        trained = one_line(content["config"].get(name, getattr(Config, name)))
+        problems.append(f"{name}: the checkpoint has {trained}, now it is {getattr(cfg, name)}")
     if problems:
         told = "\n  ".join(problems)
         raise ValueError(f"{cfg.INIT_FROM}: of another network than this run's:\n  {told}")
@@ -2492,10 +2518,9 @@ def train_and_validate(parallel, loader, training, val_cases, history, cfg):
     row = {"epoch": epoch, "val_loss": None, "val_dice": None}
     row["lr"] = optimizer.param_groups[0]["lr"]
     row["train_loss"], row["train_dice"] = train_one_epoch(parallel, loader, optimizer, scaler, cfg)
-    several = process_number("WORLD_SIZE") > 1
-    for part in {training["model"], model} if several else ():
-        for buffer in part.buffers():
-            dist.broadcast(buffer, 0)  # BatchNorm's statistics, as the checkpoint has them
+    for buffer in itertools.chain(training["model"].buffers(), model.buffers()):
+        if parallel is not training["model"]:  # BatchNorm's statistics, as the checkpoint has them
+            dist.broadcast(buffer, 0)
     seconds = gather([time.perf_counter() - start])[0]  # the first process's, for all
     row["seconds"] = round(seconds, 2)
     last = epoch == cfg.EPOCHS or time_is_up([*history, row], cfg)
@@ -3552,10 +3577,9 @@ def restore_configs(paths, contents, cfg, given):
     first, *others = configs
     problems = []
     for path, other in zip(paths[1:], others, strict=True):
-        for name in ALIKE:
+        for name in list_differences(asdict(first), asdict(other), ALIKE):
             one, two = getattr(first, name), getattr(other, name)
-            if one != two and not (name == "ENCODER_NAME" and first.ARCHITECTURE == "dynunet"):
-                problems.append(f"{name}: {paths[0]} has {one}, {path} has {two}")
+            problems.append(f"{name}: {paths[0]} has {one}, {path} has {two}")
     if problems:
         raise ValueError("checkpoints that do not go together:\n  " + "\n  ".join(problems))
     decision = ("THRESHOLD", "SMALLEST_PVS")

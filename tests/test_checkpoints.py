@@ -208,7 +208,11 @@ def test_place_of_the_data_is_the_checkpoints_unless_given(tiny_config):
     assert restored.LABEL_GLOB == "manual/*.nii"
 
 
-OTHER_VALUES = {  # of what only training can change, other than in TINY
+OTHER_VALUES = {
+    "LABEL_RESAMPLING": "soft",
+    "CROP_SHIFT": "0.25",
+    "EMA_DECAY": "0.9",
+    # of what only training can change, other than in TINY
     "TEST_FRACTION": "0.3",
     "VAL_FRACTION": "0.3",
     "SEED": "9",
@@ -254,7 +258,7 @@ def test_setting_that_only_training_can_change_is_refused_by_name(name, tiny_con
 
 def test_every_setting_is_the_machines_or_only_training_can_change_it():
     # These take files, need each other, or take no value: tested on their own.
-    own = {"SPLIT", "INIT_FROM", "FOLDS", "FOLD", "HEAD_BIAS_LOG_ODDS"}
+    own = {"SPLIT", "INIT_FROM", "FOLDS", "FOLD", "HEAD_BIAS_LOG_ODDS", "TUNE_DECISION"}
     names = {*OTHER_VALUES, *train_pvs.NOT_OF_CHECKPOINT, *own}
     assert names == {field.name for field in train_pvs.fields(train_pvs.Config)}
 

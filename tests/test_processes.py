@@ -102,9 +102,10 @@ def scores():
     return read
 
 
-def test_two_processes_score_as_one_does(begin, scores, heads, tmp_path, monkeypatch):
+@pytest.mark.parametrize("extra", [(), ("--ema-decay", 0.3, "--tune-decision")])
+def test_two_processes_score_as_one_does(extra, begin, scores, heads, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    processes, screens = begin(*settings(6))
+    processes, screens = begin(*settings(6), *extra)
     assert end(processes) == [0, 0]
     assert screens[1].read_text() == ""  # one writes, one shows progress
     assert "Traceback" not in screens[0].read_text()
