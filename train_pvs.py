@@ -218,6 +218,7 @@ NOT_OF_CHECKPOINT = (
 
 # What --resume may change; all else decides what the network becomes.
 NOT_OF_TRAINING = (
+    *(*DECISION, "TUNE_DECISION"),
     *("EPOCHS", "MAX_MINUTES", "DATA_DIR", "OUTPUT_DIR", "CACHE_DIR", "IMAGE_GLOB", "LABEL_GLOB"),
     *("SPLIT", "SW_BATCH_SIZE", "SAVE_PROBABILITIES", "DEVICE", "NUM_WORKERS"),
 )
@@ -2777,7 +2778,7 @@ def write_cross_validation(cfg):
 
 def read_folds(top, cfg):
     """Return {fold: rows of its test scans} of the finished folds of the same settings and data."""
-    found, own = {}, {*NOT_OF_TRAINING, "FOLD", "AMP"}
+    found, own = {}, {*NOT_OF_TRAINING, "FOLD", "AMP"} - {*DECISION, "TUNE_DECISION"}
     own |= {"THRESHOLD", "SMALLEST_PVS"} if cfg.TUNE_DECISION else set()  # each fold's own
     wanted = {k: v for k, v in json.loads(json.dumps(asdict(cfg))).items() if k not in own}
     for fold in range(1, cfg.FOLDS + 1):
@@ -3436,8 +3437,10 @@ def train_and_test(model, split, cfg, last=None, known=()):
     log.info(told, best["val_dice"], best["epoch"])
     if cfg.TUNE_DECISION:
         cfg = choose_decision(model, split["val"], cfg)
-        if first_process():
-            write_torch(best_path, content | {"config": asdict(cfg)})
+    decision = {name: getattr(cfg, name) for name in (*DECISION, "TUNE_DECISION")}
+    differs = any(content["config"].get(name) != value for name, value in decision.items())
+    if differs and first_process():
+        write_torch(best_path, content | {"config": content["config"] | decision})
     evaluate(model, split["test"], best, cfg)
     if best["val_dice"] > 0:
         return 0

@@ -393,3 +393,21 @@ def test_chosen_decision_is_what_tests_and_predictions_use(data, run, monkeypatc
     assert again["config"]["SMALLEST_PVS"] == 3
     assert train_pvs.main(["--evaluate", *machine, "--smallest-pvs", "100000"]) == 0
     assert json.loads(metrics.read_text())["subjects"][0]["count_pred"] == 0
+
+
+def test_finished_run_is_tested_again_with_another_decision(data, run, monkeypatch, tmp_path):
+    """Nothing is trained again, and the checkpoint tells of the latest decision."""
+    choose = lambda model, cases, cfg: train_pvs.replace(cfg, THRESHOLD=0.25)  # noqa: E731
+    monkeypatch.setattr(train_pvs, "choose_decision", choose)
+    path = tmp_path / "out" / "checkpoints" / "best_model.pth"
+    first = run()[0]
+    before = torch.load(path, weights_only=True)
+    for flags, threshold in ((("--tune-decision",), 0.25), (("--threshold", 0.3), 0.3), ((), 0.5)):
+        assert run("--resume", *flags)[0] == first
+        after = torch.load(path, weights_only=True)
+        metrics = tmp_path / "out" / "logs" / "comprehensive_test_metrics.json"
+        tested = json.loads(metrics.read_text())["config"]
+        assert after["config"]["THRESHOLD"] == tested["THRESHOLD"] == threshold
+        assert after["history_row"] == before["history_row"]
+        assert all(torch.equal(before["model"][k], v) for k, v in after["model"].items())
+    assert after["config"] == before["config"]
