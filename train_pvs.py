@@ -223,6 +223,11 @@ NOT_OF_TRAINING = (
     *("SPLIT", "SW_BATCH_SIZE", "SAVE_PROBABILITIES", "DEVICE", "NUM_WORKERS"),
 )
 
+# Files that the beginning of a training reads, not one that goes on; and what --evaluate and
+# --predict do not read either.
+STARTS = {"ENCODER_WEIGHTS": "none", "INIT_FROM": ""}
+UNUSED = STARTS | {"SPLIT": ""}
+
 HOW_TO_GET_DATA = """\
 To get OpenNeuro ds005595 (200 subjects, 4 GB, CC0), one of:
   aws s3 sync --no-sign-request s3://openneuro.org/ds005595 ds005595-1.0.0
@@ -303,7 +308,7 @@ def parse_command_line(argv):
         settings.setdefault("OUTPUT_DIR", "outputs_3d_demo")
         settings["DATA_DIR"] = str(Path(settings["OUTPUT_DIR"]) / "data")
     cfg = replace(Config(), **settings)
-    problems += check_config(cfg)
+    problems += check_config(replace(cfg, **STARTS) if options.resume else cfg)
     if problems:
         raise ValueError("wrong settings:\n  " + "\n  ".join(problems))
     if cfg.FOLD:  # one cache for all folds
@@ -2282,10 +2287,6 @@ def check_unseen(split, trained, validated, cfg):
     raise_problems([f"{c['image']}: {told}" for c in seen], remedy)
 
 
-# Settings of files that are read at the beginning of a training only.
-UNUSED = {"SPLIT": "", "ENCODER_WEIGHTS": "none", "INIT_FROM": ""}
-
-
 def restore_config(content, cfg, given):
     """Return the checkpoint's Config with what may differ from it taken from `cfg`.
 
@@ -3211,6 +3212,18 @@ def simulate_head(rng, shape=DEMO_SHAPE, diameters=DEMO_DIAMETERS):
     return image.astype(np.int16), (pvs > 0.5).astype(np.uint8)
 
 
+def write_head(folder, subject, volumes, spacing=1):
+    """Write a scan and its mask (X, Y, Z), voxels of `spacing` mm, to where ds005595 has them."""
+    middle = (np.array(volumes[0].shape) - 1) / 2  # is where the world begins
+    affine = nib.affines.from_matvec(spacing * np.eye(3), -spacing * middle)
+    label_name = f"derivatives/mask/{subject}/{subject}_desc-mask_PVS.nii.gz"
+    names = (f"{subject}/anat/{subject}_T2w.nii.gz", label_name)
+    for name, volume in zip(names, volumes, strict=True):
+        nifti = nib.Nifti1Image(volume, affine)
+        nifti.header.set_xyzt_units("mm")
+        write_file(Path(folder) / name, gzip.compress(nifti.to_bytes(), 3, mtime=0))
+
+
 def make_demo_data(folder, seed):
     """Make the demo's BIDS data set, laid out as ds005595, unless it is there.
 
@@ -3229,16 +3242,9 @@ def make_demo_data(folder, seed):
         raise ValueError(f"{folder}: holds other data than the demo's; choose another --output-dir")
     shutil.rmtree(folder, ignore_errors=True)
     write_json(marker, {"Name": DEMO_NAME})
-    affine = nib.affines.from_matvec(np.eye(3), -(np.array(DEMO_SHAPE) - 1) / 2)
     for number in Progress(range(DEMO_SUBJECTS), "simulating heads"):
-        subject = f"sub-{number + 1:03d}"
-        label_name = f"derivatives/mask/{subject}/{subject}_desc-mask_PVS.nii.gz"
-        names = (f"{subject}/anat/{subject}_T2w.nii.gz", label_name)
         volumes = simulate_head(np.random.default_rng([seed, number]))
-        for name, volume in zip(names, volumes, strict=True):
-            nifti = nib.Nifti1Image(volume, affine)
-            nifti.header.set_xyzt_units("mm")
-            write_file(folder / name, gzip.compress(nifti.to_bytes(), 3, mtime=0))
+        write_head(folder, f"sub-{number + 1:03d}", volumes)
     write_json(marker, description)
 
 
@@ -3416,10 +3422,11 @@ def train_and_test(model, split, cfg, last=None, known=()):
         the exit status
     """
     out, best_path = Path(cfg.OUTPUT_DIR), Path(cfg.OUTPUT_DIR) / "checkpoints" / "best_model.pth"
-    for path in find_results(cfg) if first_process() and not last else ():  # --overwrite
+    old = find_results(cfg) if first_process() and not last else []  # --overwrite
+    if old and cfg.FOLDS:  # the folds' table, which is written anew at this fold's end
+        old += out.parent.glob("cross_validation.*")
+    for path in old:
         path.unlink()
-        for ending in ("json", "csv") if cfg.FOLDS else ():  # written anew at this fold's end
-            (out.parent / f"cross_validation.{ending}").unlink(missing_ok=True)
     subjects = {part: sorted({c["subject"] for c in cases}) for part, cases in split.items()}
     if first_process():
         write_json(out / "logs" / "split.json", subjects)
@@ -3511,12 +3518,8 @@ def check_data_folder(cfg):
         raise FileNotFoundError(f"{told}\n{HOW_TO_GET_DATA}")
 
 
-def set_up_training(cfg, options):
-    """Do all that comes before training; return the work that is left, a function."""
-    if not options.demo:
-        check_data_folder(cfg)
-    own = options.demo and Path(cfg.DATA_DIR, "dataset_description.json").exists()
-    replaceable = options.overwrite or options.check or options.resume or own
+def check_start(cfg, options):
+    """Raise a ValueError where there is nothing to resume, or where INIT_FROM would be replaced."""
     begun = Path(cfg.OUTPUT_DIR, "checkpoints", "last.pth")
     if options.resume and not begun.exists():
         raise ValueError(f"{begun}: no such file, nothing to resume; start without --resume")
@@ -3524,6 +3527,15 @@ def set_up_training(cfg, options):
     if any(os.path.samefile(cfg.INIT_FROM, path) for path in mine):
         told = "INIT_FROM, which this run would replace; choose another --output-dir"
         raise ValueError(f"{cfg.INIT_FROM}: {told}")
+
+
+def set_up_training(cfg, options):
+    """Do all that comes before training; return the work that is left, a function."""
+    if not options.demo:
+        check_data_folder(cfg)
+    check_start(cfg, options)
+    own = options.demo and Path(cfg.DATA_DIR, "dataset_description.json").exists()
+    replaceable = options.overwrite or options.check or options.resume or own
     with first_process_first():
         open_output_folder(cfg, "train", replaceable)
         log_settings(cfg, f"recipe {options.recipe}", everything=options.check)

@@ -4,18 +4,20 @@
     python benchmarks/accuracy.py --rows native --seeds 1  one of them
 
 Every run is the script's own, `train_pvs.main`, with networks and patches that a CPU trains in
-minutes. A row is runs of several seeds, on the same heads and the same split. What is done is kept
-in the folder --work and not done again; `docs/accuracy.md` is written after every run.
+minutes; nnU-Net, where it is installed, is run by `nnunet.py`. A row is runs of several seeds, on
+the same heads and the same split. What is done is kept in the folder --work and not done again.
+`docs/accuracy.md` is written after every run, with all rows whose seeds are done, asked for or not.
 """
 
 import argparse
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from scipy import stats
 
@@ -32,7 +34,9 @@ COMMON = (  # what makes a run small, the same for all rows
     "--img-patch-size 48 48 48 --batch-size 1 --crops-per-volume 2 --batchnorm-momentum 0.1 "
     "--head-bias-log-odds --val-every 1000000 --sw-overlap 0.25 --num-workers 1"
 )
-ROWS = {  # name: (what it is, flags)
+# Name: (what it is, flags of train_pvs.py; None: not the script's own). A row that resumes goes on
+# from the end of native's runs: other tests of the same weights.
+ROWS = {
     "published": ("UNet++ on a 1.5 mm grid", "--recipe published"),
     "native": ("DynUNet on the scans' own grid", "--recipe native --decoder-width 16"),
     "native, 1.5 mm": (
@@ -43,7 +47,34 @@ ROWS = {  # name: (what it is, flags)
         "UNet++ on the scans' own grid",
         "--recipe native --architecture unetplusplus --decoder-width 16",
     ),
+    "native, shifted": (
+        "crops up to a quarter of the patch off their PVS voxel",
+        "--recipe native --decoder-width 16 --crop-shift 0.25",
+    ),
+    "native, averaged": (
+        "moving average of the weights, 0.95 a step",
+        "--recipe native --decoder-width 16 --ema-decay 0.95",
+    ),
+    "native, tuned": (
+        "the same weights as native; threshold and smallest PVS chosen on the validation head",
+        "--recipe native --decoder-width 16 --tune-decision --resume",
+    ),
+    "native, mirrored": (
+        "the same weights as native; mean of eight mirrored views of a test head",
+        "--recipe native --decoder-width 16 --tta-flips --resume",
+    ),
+    "published, soft": (
+        "UNet++ on a 1.5 mm grid, trained on the part of a voxel that PVS fill",
+        "--recipe published --label-resampling soft",
+    ),
+    "nnU-Net": (
+        "nnU-Net v2, its own plan cut to 2 patches of 48 x 48 x 48 a step, learning rate over "
+        "these minutes, no mirroring; epochs of 5 steps",
+        None,
+    ),
+    "nnU-Net, 16 channels": ("the same, half as wide as planned", None),
 }
+NO_NNUNET = "The row nnU-Net needs a package that is not installed: pip install nnunetv2"
 SCORES = {  # title of the column: key of a head's row of the test scores
     "native Dice": "native_dice",
     "round trip": "roundtrip_dice",
@@ -57,19 +88,12 @@ def make_heads(folder):
     marker = folder / "dataset_description.json"
     if marker.exists():
         return
-    affine = nib.affines.from_matvec(SPACING * np.eye(3), -SPACING * (np.array(SHAPE) - 1) / 2)
     names = [f"sub-{number:03d}" for number in range(1, 1 + sum(PARTS.values()))]
     for number, name in enumerate(names):
         print(f"simulating {name}", flush=True)
         rng = np.random.default_rng([7, number])
-        image, label = train_pvs.simulate_head(rng, SHAPE, DIAMETERS)
-        mask = folder / "derivatives" / "mask" / name / f"{name}_desc-mask_PVS.nii.gz"
-        for path, volume in {
-            folder / name / "anat" / f"{name}_T2w.nii.gz": image,
-            mask: label,
-        }.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(volume, affine), path)
+        volumes = train_pvs.simulate_head(rng, SHAPE, DIAMETERS)
+        train_pvs.write_head(folder, name, volumes, SPACING)
     ends = np.cumsum([0, *PARTS.values()])
     parts = {part: names[a:b] for part, a, b in zip(PARTS, ends[:-1], ends[1:], strict=True)}
     train_pvs.write_json(folder / "split.json", parts)
@@ -77,20 +101,57 @@ def make_heads(folder):
     train_pvs.write_json(marker, {"Name": name, "BIDSVersion": "1.9.0"})
 
 
-def run(row, seed, options):
-    """Train and test a row with a seed unless that is done; return its subjects' rows."""
+def has_nnunet():
+    """Return whether nnU-Net v2 is installed."""
+    return importlib.util.find_spec("nnunetv2") is not None
+
+
+def run_folder(row, seed, options):
+    """Return the folder of a run."""
     name = f"{row} {seed} {options.minutes:g} minutes"
-    out = options.work / name.replace(", ", "-").replace(" ", "-")
+    return options.work / name.replace(", ", "-").replace(" ", "-")
+
+
+def run(row, seed, options):
+    """Train and test a row with a seed."""
+    out, flags = run_folder(row, seed, options), ROWS[row][1]
+    if flags is None:
+        import nnunet
+
+        channels = 16 if row == "nnU-Net, 16 channels" else 0  # 0: as planned, 32
+        nnunet.run(out, seed, options.minutes, options.work, channels=channels)
+        return
+    flags = [*COMMON.split(), *flags.split(), "--max-minutes", str(options.minutes)]
+    if "--resume" in flags:
+        native = run_folder("native", seed, options)
+        if not read_run(native):
+            run("native", seed, options)
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(native, out)
+        (out / "logs" / "comprehensive_test_metrics.json").unlink()
+    else:
+        flags.append("--overwrite")
+    flags += ["--data-dir", str(options.work / "data"), "--output-dir", str(out)]
+    flags += ["--cache-dir", str(options.work / "cache"), "--seed", str(seed)]
+    flags += ["--split", str(options.work / "data" / "split.json")]
+    subprocess.run([sys.executable, str(ROOT / "train_pvs.py"), *flags], check=False)
+
+
+def read_run(out):
+    """Return a run's rows of its subjects, its grid and number of epochs; None: it is not done."""
     scores = out / "logs" / "comprehensive_test_metrics.json"
     if not scores.exists():
-        flags = [*COMMON.split(), *ROWS[row][1].split(), "--max-minutes", str(options.minutes)]
-        flags += ["--data-dir", str(options.work / "data"), "--output-dir", str(out), "--overwrite"]
-        flags += ["--cache-dir", str(options.work / "cache"), "--seed", str(seed)]
-        flags += ["--split", str(options.work / "data" / "split.json")]
-        subprocess.run([sys.executable, str(ROOT / "train_pvs.py"), *flags], check=False)
+        return None
     content = json.loads(scores.read_text())
     history = json.loads((out / "logs" / "training_history.json").read_text())
     return content["subjects"], content["grid"], len(history)
+
+
+def read_rows(options):
+    """Return {row: {seed: run}} of the rows of which all seeds are done."""
+    seeds = range(1, 1 + options.seeds)
+    rows = {row: {seed: read_run(run_folder(row, seed, options)) for seed in seeds} for row in ROWS}
+    return {row: runs for row, runs in rows.items() if all(runs.values())}
 
 
 def interval(values):
@@ -132,10 +193,10 @@ def write_table(path, results, options):
         "most below 1.6 mm), lesions and unlabelled PVS in the basal ganglia that look alike. "
         f"{options.minutes:g} minutes of training each, on {os.cpu_count()} cores of a "
         "CPU; networks and patches are small: see `benchmarks/accuracy.py`, which makes this "
-        "table. Scores are means over the test heads and seeds, with the 95 % bootstrap interval "
-        "over these pairs, which are not independent, all on the **native grid**. Round trip: what "
-        "the grid alone leaves of a perfect mask. The difference is paired: the same heads and "
-        "seeds.",
+        "table, and `nnunet.py` beside it. Scores are means over the test heads and seeds, with "
+        "the 95 % bootstrap interval over these pairs, which are not independent, all on the "
+        "**native grid**. Round trip: what the grid alone leaves of a perfect mask. The difference "
+        "is paired: the same heads and seeds.",
         "",
         f"| recipe | trained on | {' | '.join(SCORES)} | native Dice, against native | epochs |",
         "| --- | --- | " + " | ".join("---" for _ in SCORES) + " | --- | --- |",
@@ -146,22 +207,34 @@ def write_table(path, results, options):
 
 
 def main(argv=None):
-    """Make the data, train what has not been, write the table."""
+    """Make the data, train what has not been, write the table; return the status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    rows = [row for row, (_, flags) in ROWS.items() if flags is not None or has_nnunet()]
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=rows)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=4)
     parser.add_argument("--work", type=Path, default=Path("outputs_accuracy"))
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "accuracy.md")
     options = parser.parse_args(argv)
+    if not set(options.rows) <= set(rows):
+        print(NO_NNUNET, file=sys.stderr)
+        return 2
     make_heads(options.work / "data")
-    results = {}
     for seed in range(1, 1 + options.seeds):
         for row in options.rows:
-            results.setdefault(row, {})[seed] = run(row, seed, options)
-            write_table(options.output, results, options)
+            out = run_folder(row, seed, options)
+            if not read_run(out):
+                run(row, seed, options)
+            if not read_run(out):
+                print(
+                    f"{out}: expected scores, found none; see what was said above", file=sys.stderr
+                )
+                return 1
+            if results := read_rows(options):
+                write_table(options.output, results, options)
     print(options.output.read_text())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

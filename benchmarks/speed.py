@@ -9,7 +9,6 @@ so that a run that is interrupted keeps what it has measured.
 """
 
 import argparse
-import gzip
 import json
 import logging
 import math
@@ -30,7 +29,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai import transforms as mt
@@ -150,17 +148,12 @@ class Bench:
 
 def make_heads(folder, count, shape, spacing):
     """Write simulated heads as a BIDS data set, unless they are there; return its folder."""
-    affine = nib.affines.from_matvec(spacing * np.eye(3), -spacing * (np.array(shape) - 1) / 2)
     for number in range(count):
         subject = f"sub-{number + 1:03d}"
-        label = folder / f"derivatives/mask/{subject}/{subject}_desc-mask_PVS.nii.gz"
-        image = folder / f"{subject}/anat/{subject}_T2w.nii.gz"
-        if label.exists():  # it is written last
+        if any(folder.glob(f"derivatives/mask/{subject}/*")):  # the mask is written last
             continue
         volumes = train_pvs.simulate_head(np.random.default_rng([123, number]), tuple(shape))
-        for path, volume in zip((image, label), volumes, strict=True):
-            content = nib.Nifti1Image(volume.astype(np.int16), affine).to_bytes()
-            train_pvs.write_file(path, gzip.compress(content, 3))
+        train_pvs.write_head(folder, subject, volumes, spacing)
         print(f"simulated {subject} of {folder.name}", flush=True)
     return folder
 
@@ -359,12 +352,12 @@ class OneBatch(list):
     sampler = train_pvs.EpochSampler(1, 0)
 
 
-def training_step(bench, network_input=train_pvs.network_input, **overrides):
-    """Return a work: a training step with four patches; on a GPU it tells of memory too."""
-    cfg = settings(bench, IMG_PATCH_SIZE=STEP_PATCH, **overrides)
+def training_step(bench, network_input=train_pvs.network_input, patches=4, **overrides):
+    """Return a work: a training step with some patches; on a GPU it tells of memory too."""
+    cfg = settings(bench, **{"IMG_PATCH_SIZE": STEP_PATCH} | overrides)
     model = train_pvs.build_model(cfg).to(bench.device)
     _, optimizer, _, scaler = train_pvs.build_training(model, cfg).values()
-    image = torch.rand(4, 1, *STEP_PATCH)
+    image = torch.rand(patches, 1, *cfg.IMG_PATCH_SIZE)
     loader = OneBatch([{"image": image, "label": (image > 0.999).float(), "name": ["noise"]}])
     train = partial(train_pvs.train_one_epoch, model, loader, optimizer, scaler, cfg)
 
@@ -407,6 +400,23 @@ def measure_step(bench):
     kinds = {"AdamW, fused": {"fused": True}, "AdamW, torch's default": {}}
     kinds = {name: optimizer_steps(bench, **kind) for name, kind in kinds.items()}
     compare(bench, "ten optimizer steps alone, s", kinds, warm_up=True)
+
+
+def measure_recipes(bench):
+    """Measure the networks of two recipes at full size: patches of 96^3."""
+    patch = {"IMG_PATCH_SIZE": (96, 96, 96), "ENCODER_WEIGHTS": "none"}
+    full = {
+        "published": {"ENCODER_NAME": train_pvs.Config().ENCODER_NAME, **patch},
+        "native": train_pvs.RECIPES["native"] | patch,
+    }
+    steps = {name: training_step(bench, patches=1, **flags) for name, flags in full.items()}
+    compare(bench, "training step of one patch, s", steps, warm_up=True)
+    volume, windows = torch.rand(1, 96, 96, 96), {}
+    for name, flags in full.items():
+        cfg = settings(bench, **flags)
+        model = train_pvs.build_model(cfg).to(bench.device)
+        windows[name] = partial(train_pvs.predict_logits, model, volume, cfg)
+    compare(bench, "inference of one window, s", windows, warm_up=True)
 
 
 # ---------------------------------------------------------------------------------------- Inference
@@ -665,7 +675,7 @@ def measure_processes(bench):
 
 # --------------------------------------------------------------------------------------------- Main
 
-MEASURES = (measure_epoch, measure_step, measure_inference, measure_preparation)
+MEASURES = (measure_epoch, measure_step, measure_recipes, measure_inference, measure_preparation)
 MEASURES += (measure_augmentation, measure_memory, measure_scaling, measure_processes)
 SECTIONS = {measure.__name__.removeprefix("measure_"): measure for measure in MEASURES}
 

@@ -1,15 +1,20 @@
 """The benchmarks measure, and their tables hold what was measured."""
 
+import json
 import math
 import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel as nib
+import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import accuracy
+import nnunet
 import speed
 import train_pvs
 
@@ -75,14 +80,15 @@ def test_failed_section_loses_no_other(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------- Accuracy
 
 
-@pytest.mark.parametrize("row", accuracy.ROWS)
+@pytest.mark.parametrize("row", [row for row, (_, flags) in accuracy.ROWS.items() if flags])
 def test_flags_of_every_row_are_settings_that_differ_only_in_what_the_row_names(row):
     flags = [*accuracy.COMMON.split(), *accuracy.ROWS[row][1].split()]
     cfg, _ = train_pvs.parse_command_line([*flags, "--data-dir", "data"])
     assert cfg.IMG_PATCH_SIZE == (48, 48, 48)
-    assert ((1.5,) * 3 if "1.5" in accuracy.ROWS[row][0] else (0, 0, 0)) == cfg.PIX_DIM
+    published = row.startswith("published")
+    assert ((1.5,) * 3 if published or "1.5 mm" in row else (0, 0, 0)) == cfg.PIX_DIM
     assert cfg.DECODER_WIDTH == 16
-    assert (cfg.ARCHITECTURE == "dynunet") == ("DynUNet" in accuracy.ROWS[row][0])
+    assert (cfg.ARCHITECTURE == "unetplusplus") == (published or "UNet++" in row)
 
 
 def test_table_has_means_over_heads_and_seeds_and_paired_differences(tmp_path):
@@ -109,3 +115,264 @@ def test_table_has_means_over_heads_and_seeds_and_paired_differences(tmp_path):
     assert "| 20 (" in published
     assert "| 0.650 (0." in native
     assert native.endswith(" |  | 7, 7 |")
+
+
+def write_run(out, dice):
+    """Write what a run leaves of two heads, as far as the table reads it."""
+    row = {"native_dice": dice, "roundtrip_dice": 1, "lesion_f1_any": 0.5}
+    content = {
+        "subjects": 2 * [row | {"volume_ml_error_percent": 3}],
+        "grid": "grid, 0.8 x 0.8 x 0.8 mm",
+    }
+    train_pvs.write_json(out / "logs" / "training_history.json", [{}, {}])
+    train_pvs.write_json(out / "logs" / "comprehensive_test_metrics.json", content)
+
+
+def run_accuracy(folder, monkeypatch, *flags):
+    """Run the benchmark with runs of no time; return its status, what was run, and the table."""
+    done = []
+
+    def run(row, seed, options):
+        done.append((row, seed))
+        write_run(accuracy.run_folder(row, seed, options), 0.5)
+
+    monkeypatch.setattr(accuracy, "make_heads", lambda folder: None)
+    monkeypatch.setattr(accuracy, "run", run)
+    table = folder / "table.md"
+    flags = ["--work", str(folder), "--output", str(table), "--minutes", "2", *flags]
+    return accuracy.main(flags), done, table
+
+
+def test_table_keeps_rows_that_were_not_asked_for_once_all_their_seeds_are_done(
+    tmp_path, monkeypatch
+):
+    options = SimpleNamespace(work=tmp_path, minutes=2)
+    for row, seeds in {"nnU-Net": (1, 2), "published": (1, 2), "native, UNet++": (1,)}.items():
+        for seed in seeds:
+            write_run(accuracy.run_folder(row, seed, options), 0.25)
+    flags = ("--rows", "native", "--seeds", "2")
+    status, done, table = run_accuracy(tmp_path, monkeypatch, *flags)
+    rows = re.findall(r"^\| \*\*(.*?)\*\*", table.read_text(), re.M)
+    assert (status, done) == (0, [("native", 1), ("native", 2)])
+    assert rows == ["published", "native", "nnU-Net"]  # as in ROWS; of UNet++ one seed is missing
+    assert table.read_text().count("| -0.250 (-0.250 to -0.250) |") == 2
+    _, done, _ = run_accuracy(tmp_path, monkeypatch, *flags)
+    assert done == []
+
+
+def test_run_without_scores_ends_the_benchmark_with_its_folder_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accuracy, "make_heads", lambda folder: None)
+    monkeypatch.setattr(accuracy, "run", lambda row, seed, options: None)
+    output = tmp_path / "table.md"
+    assert (
+        accuracy.main(["--work", str(tmp_path), "--output", str(output), "--rows", "native"]) == 1
+    )
+    assert str(tmp_path / "native-1-4-minutes") in capsys.readouterr().err
+    assert not output.exists()
+
+
+# ---------------------------------------------------------------------------------------- nnU-Net
+
+
+@pytest.mark.parametrize(
+    "command", [lambda: accuracy.main(["--rows", "native", "nnU-Net"]), lambda: nnunet.main([])]
+)
+def test_one_line_says_what_to_install_for_nnunet(command, monkeypatch, capsys):
+    monkeypatch.setattr(accuracy, "has_nnunet", lambda: False)
+    assert command() == 2
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1
+    assert "pip install nnunetv2" in told.err
+    assert told.out == ""
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_nnunet_is_among_the_rows_where_it_is_installed(installed, tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "has_nnunet", lambda: installed)
+    status, done, _ = run_accuracy(tmp_path, monkeypatch, "--seeds", "1")
+    assert status == 0
+    others = [row for row in accuracy.ROWS if not row.startswith("nnU-Net")]
+    assert [row for row, _ in done] == (list(accuracy.ROWS) if installed else others)
+    assert "nnU-Net" in accuracy.ROWS
+
+
+def nnunet_plan(shape=(64, 160, 128)):
+    """Return the part of a configuration of nnU-Net's plans that the cut may change."""
+    sizes = {
+        "n_stages": 6,
+        "features_per_stage": [32, 64, 128, 256, 320, 320],
+        "strides": [[1, 1, 1]] + 4 * [[2, 2, 2]] + [[1, 2, 2]],
+        "kernel_sizes": 6 * [[3, 3, 3]],
+        "n_conv_per_stage": 6 * [2],
+        "n_conv_per_stage_decoder": 5 * [2],
+        "conv_bias": True,
+    }
+    network = {"network_class_name": "PlainConvUNet", "arch_kwargs": sizes}
+    rest = {"median_image_size_in_voxels": list(shape), "spacing": [0.8, 0.8, 0.8]}
+    plan = {"patch_size": [64, 160, 128], "batch_size": 2, "batch_dice": False}
+    return plan | rest | {"architecture": network}
+
+
+def test_plan_is_cut_to_the_first_stages_and_the_rest_stays():
+    plan, strides, kernels = nnunet_plan(), [[1] * 3] + 3 * [[2] * 3], 4 * [[3] * 3]
+    cut = nnunet.cut_plan(plan, strides, kernels)
+    sizes = cut["architecture"]["arch_kwargs"]
+    assert (cut["patch_size"], cut["batch_size"]) == ([48, 48, 48], 2)
+    assert (sizes["n_stages"], sizes["strides"], sizes["kernel_sizes"]) == (4, strides, kernels)
+    assert sizes["features_per_stage"] == [32, 64, 128, 256]
+    assert (sizes["n_conv_per_stage"], sizes["n_conv_per_stage_decoder"]) == (4 * [2], 3 * [2])
+    assert sizes["conv_bias"] is True
+    assert cut["spacing"] == [0.8, 0.8, 0.8]
+    assert cut["architecture"]["network_class_name"] == "PlainConvUNet"
+    assert plan == nnunet_plan()  # is not changed itself
+    narrow = nnunet.cut_plan(plan, strides, kernels, channels=16)
+    assert nnunet.describe_plan(narrow)["features"] == [16, 32, 64, 128]
+
+
+@pytest.mark.parametrize(("side", "whole_batch"), [(76, False), (77, True)])
+def test_dice_is_of_the_whole_batch_where_a_patch_is_below_a_quarter_of_a_scan(side, whole_batch):
+    # A quarter of 76^3 = 438976 is 109744, of 77^3 = 456533 it is 114133; a patch has 110592 voxels
+    cut = nnunet.cut_plan(nnunet_plan((side, side, side)), [[1] * 3], [[3] * 3])
+    assert cut["batch_dice"] == whole_batch
+
+
+class Loader:
+    """Batches that are their own loss: 3, 2, 1."""
+
+    def __init__(self):
+        self.seeds, self.finished, self.batches = [None], False, iter([3, 2, 1])
+
+    def __next__(self):
+        return next(self.batches)
+
+    def _finish(self):
+        self.finished = True
+
+
+class Trainer:
+    """The part of nnUNetTrainer that TimedTraining changes; a step takes 10 seconds."""
+
+    initial_lr, ended = 0.01, False
+
+    def __init__(self, clock):
+        self.clock, self.rates = clock, []
+        self.optimizer = SimpleNamespace(param_groups=[{"lr": 0}])
+        self.network = torch.nn.Conv3d(1, 2, 1)  # 2 weights and 2 biases
+
+    def on_train_start(self):
+        self.dataloader_train, self.dataloader_val = Loader(), Loader()
+
+    def on_train_end(self):
+        self.ended = True
+
+    def train_step(self, batch):
+        self.clock[0] += 10
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+        return {"loss": np.float32(batch)}
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+        self.inference_allowed_mirroring_axes = (0, 1, 2)
+        return "rotation", False, [60, 60, 60], (0, 1, 2)
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """A trainer with 25 seconds."""
+    clock = [1000]
+    monkeypatch.setattr(nnunet.time, "monotonic", lambda: clock[0])
+    trainer = type("Timed", (nnunet.TimedTraining, Trainer), {})(clock)
+    trainer.seconds, trainer.seed, trainer.mirroring = 25, 4, False
+    return trainer
+
+
+def test_nnunet_trains_until_its_time_is_over_and_the_learning_rate_falls_with_it(trainer):
+    trainer.run_training()
+    rates = [0.01, 0.01 * 0.6**0.9, 0.01 * 0.2**0.9]  # 0, 10 and 20 of 25 s have gone
+    assert trainer.rates == pytest.approx(rates)
+    assert [(loss, seconds) for loss, _, seconds in trainer.steps] == [(3, 10), (2, 20), (1, 30)]
+    assert trainer.dataloader_train.seeds == [4]
+    assert trainer.dataloader_val.finished
+    assert trainer.ended
+
+
+@pytest.mark.parametrize(("mirroring", "axes"), [(False, None), (True, (0, 1, 2))])
+def test_nnunet_mirrors_only_if_asked_to_in_training_and_tests(mirroring, axes, trainer):
+    trainer.mirroring = mirroring
+    settings = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    assert settings == ("rotation", False, [60, 60, 60], axes)
+    assert trainer.inference_allowed_mirroring_axes == axes
+
+
+def test_epochs_of_nnunet_share_the_steps(monkeypatch):
+    monkeypatch.setattr(nnunet, "EPOCH", 2)
+    rows = nnunet.list_epochs([(3, 0.3, 10), (2, 0.2, 20), (1, 0.1, 26)])
+    first = {"epoch": 1, "steps": 2, "train_loss": 2.5, "lr": 0.3, "seconds": 20}
+    assert rows == [first, {"epoch": 2, "steps": 1, "train_loss": 1, "lr": 0.1, "seconds": 6}]
+
+
+def test_nnunet_learns_from_the_heads_that_are_not_for_the_test(tmp_path):
+    cases = []
+    for name in ("sub-a", "sub-b", "sub-c"):
+        files = {key: tmp_path / f"{name}_{key}" for key in ("image", "label")}
+        for key, path in files.items():
+            path.write_text(f"{key} {name}")
+        cases.append({"subject": name, "name": name} | files)
+    split = {"train": ["sub-c"], "val": ["sub-a"], "test": ["sub-b"]}
+    nnunet.lay_out(cases, split, tmp_path / "raw")
+    files = {str(p.relative_to(tmp_path / "raw")): p.read_text() for p in tmp_path.rglob("raw/*/*")}
+    assert files == {
+        "imagesTr/sub-a_0000.nii.gz": "image sub-a",
+        "imagesTr/sub-c_0000.nii.gz": "image sub-c",
+        "labelsTr/sub-a.nii.gz": "label sub-a",
+        "labelsTr/sub-c.nii.gz": "label sub-c",
+    }
+    splits = json.loads((tmp_path / "raw" / "splits_final.json").read_text())
+    assert splits == [{"train": ["sub-c"], "val": ["sub-a"]}]
+    assert json.loads((tmp_path / "raw" / "dataset.json").read_text())["numTraining"] == 2
+
+
+def test_nnunet_is_scored_on_the_scans_grid_and_the_table_reads_it(trainer, tmp_path, monkeypatch):
+    label = np.zeros((12, 14, 16), np.uint8)
+    label[2:4, 3:9, 5:7] = 1
+    affine = nib.affines.from_matvec(np.diag([-0.8, 0.8, 0.8]), [5, 6, 7])
+    case = {"subject": "sub-1", "name": "sub-1"}
+    for key in ("image", "label"):
+        case[key] = str(tmp_path / f"{key}.nii.gz")
+        nib.save(nib.Nifti1Image(label, affine), case[key])
+
+    def read_images(paths):
+        return nib.load(paths[0]).get_fdata().transpose(2, 1, 0)[None], {}
+
+    reader = SimpleNamespace(read_images=read_images)
+    manager = SimpleNamespace(image_reader_writer_class=lambda: reader)
+
+    def predict(image, properties):  # finds the labelled layer 5 of z, and misses 6
+        pred = image[0].copy()
+        pred[6:] = 0
+        return pred
+
+    predictor = SimpleNamespace(plans_manager=manager, predict_single_npy_array=predict)
+    row = nnunet.test_case(predictor, case, tmp_path)
+    assert row["native_dice"] == pytest.approx(2 / 3)  # 12 voxels of 24, and no others
+    assert (row["roundtrip_dice"], row["lesion_f1_any"]) == (1, 1)
+    assert row["volume_ml_error_percent"] == pytest.approx(-50)
+    mask = nib.load(tmp_path / "predictions" / "sub-1_label-PVS_desc-nnUNet_mask.nii.gz")
+    assert np.array_equal(mask.affine, nib.load(case["image"]).affine)
+    assert np.array_equal(mask.dataobj, label * (np.arange(16) < 6))
+
+    trainer.run_training()
+    monkeypatch.setattr(nnunet.importlib.metadata, "version", lambda name: "2.8.1")
+    cut = nnunet.cut_plan(nnunet_plan(), [[1] * 3], [[3] * 3])
+    nnunet.write_results(tmp_path, [row], trainer, cut, nnunet_plan())
+    assert accuracy.read_run(tmp_path) == ([row], "grid of nnU-Net's plan, 0.8 x 0.8 x 0.8 mm", 1)
+    plan = json.loads((tmp_path / "logs" / "comprehensive_test_metrics.json").read_text())["plan"]
+    assert plan["planned"]["stages"] == 6
+    assert {key: plan[key] for key in ("patch", "batch", "stages", "features", "parameters")} == {
+        "patch": [48, 48, 48],
+        "batch": 2,
+        "stages": 1,
+        "features": [32],
+        "parameters": 4,
+    }
+    assert (plan["iterations"], plan["minutes"], plan["mirroring"]) == (3, 0.5, False)
+    assert plan["nnunetv2"] == "2.8.1"

@@ -92,6 +92,16 @@ def test_workers_and_folders_may_differ_on_resuming(expected, data, run, tmp_pat
     assert outcome(tmp_path / "out") == expected
 
 
+def test_files_that_only_the_start_reads_may_be_gone_on_resuming(data, run, plain, tmp_path):
+    run(out=tmp_path / "first")
+    start = tmp_path / "first" / "checkpoints" / "best_model.pth"
+    assert run("--init-from", start)[0] in (0, 1)
+    start.unlink()
+    assert run("--init-from", start, "--epochs", 2)[0] == 2
+    status, _, err = run("--init-from", start, "--epochs", 2, "--resume")
+    assert status in (0, 1), err
+
+
 def test_more_epochs_go_on_from_the_end(data, run, plain, tmp_path):
     # Validated are the first and all even epochs, and so is each end: both runs have the same.
     flags = ("--val-every", 2, "--no-amp")
