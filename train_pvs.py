@@ -63,7 +63,6 @@ from scipy import ndimage, stats
 from sklearn.model_selection import KFold, train_test_split
 from torch import distributed as dist
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -104,12 +103,12 @@ class Config:
     # Working grid
     PIX_DIM: tuple = (1.5, 1.5, 1.5)  # spacing, mm; 0 0 0: the training scans' own, their median
     INTENSITY_PERCENTILES: tuple = (0.5, 99.5)  # of the voxels in the head, taken to 0 and 1
-    LABEL_RESAMPLING: str = "nearest"  # or soft: trained on the part of a voxel that PVS fill
+    LABEL_RESAMPLING: str = "nearest"  # or soft: train on the part of each voxel that is PVS
     # Patches
     IMG_PATCH_SIZE: tuple = (96, 96, 96)  # voxels; sides are multiples of 2**ENCODER_DEPTH
     CROPS_PER_VOLUME: int = 4  # patches from a volume each time it is drawn
     POS_NEG_RATIO: float = 2.0  # patches centred on a PVS voxel for each one centred elsewhere
-    CROP_SHIFT: float = 0.0  # of patches off their PVS voxel, at most, fraction of the patch
+    CROP_SHIFT: float = 0.0  # patches centred on PVS move by up to this part of their size
     # Network
     ARCHITECTURE: str = "unetplusplus"  # unetplusplus or dynunet, which has no ENCODER_NAME
     ENCODER_NAME: str = "efficientnet-b7"  # efficientnet-b0 to efficientnet-b7
@@ -132,8 +131,8 @@ class Config:
     VAL_EVERY: int = 1  # epochs between validations; the first and last have one always
     EARLY_STOPPING: int = 100  # validations without a better Dice before the run stops
     MAX_MINUTES: float = 0.0  # of training; the epoch in hand is finished; 0: no limit
-    EMA_DECAY: float = 0.0  # a step, of the weights' moving average, which is kept; 0: none
-    TUNE_DECISION: bool = False  # THRESHOLD and SMALLEST_PVS by native Dice of validation scans
+    EMA_DECAY: float = 0.0  # moving average of the weights: the part kept in a step; 0: none
+    TUNE_DECISION: bool = False  # choose THRESHOLD, SMALLEST_PVS on the validation scans
     # Inference
     SW_OVERLAP: float = 0.5  # of neighbouring windows, fraction of the patch
     SW_BATCH_SIZE: int = 4  # windows at once
@@ -302,6 +301,9 @@ def parse_command_line(argv):
         problems.append("--checkpoint: expected together with --evaluate or --predict")
     if options.predict and process_number("WORLD_SIZE") > 1:
         problems.append("--predict: works in one process; start it without torchrun")
+    chosen = {"THRESHOLD", "SMALLEST_PVS"} & set(options.given)
+    if settings.get("TUNE_DECISION") and chosen:
+        problems += [f"{name}: --tune-decision chooses it; give only one" for name in chosen]
     if options.demo:
         if "DATA_DIR" in settings:
             problems.append("DATA_DIR: --demo makes its data; for your own use --recipe demo")
@@ -320,29 +322,6 @@ def parse_command_line(argv):
 def fold_folder(cfg, fold):
     """Return where the results of a fold go."""
     return Path(cfg.OUTPUT_DIR) / f"fold-{fold}"
-
-
-def check_config(cfg):
-    """Return a list with a sentence for each wrong setting, starting with the field's name."""
-    problems = {}
-
-    def expect(name, good, expected):
-        """Note a sentence where a setting is not good, the first of each."""
-        if not good and name not in problems:
-            value = getattr(cfg, name)
-            got = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            problems[name] = f"{name}: expected {expected}, got {one_line(got) or 'nothing'}"
-
-    for name, (low, high) in LIMITS.items():
-        kind = int if np.array(getattr(Config, name)).dtype.kind == "i" else (int, float)
-        value = getattr(cfg, name)
-        values = value if isinstance(value, tuple) else (value,)
-        good = all(isinstance(number, kind) and low <= number <= high for number in values)
-        expect(name, good, f"{'whole numbers' if kind is int else 'numbers'} from {low} to {high}")
-    check_places(cfg, expect)
-    check_words(cfg, expect)
-    check_numbers(cfg, expect, set(problems))
-    return list(problems.values())
 
 
 def check_places(cfg, expect):
@@ -395,6 +374,29 @@ def check_numbers(cfg, expect, wrong):
         expect("CROPS_PER_VOLUME", several, "more than 1 with such small patches (BatchNorm)")
         larger = cfg.ARCHITECTURE != "dynunet" or not lone
         expect("IMG_PATCH_SIZE", larger, f"more than {divisor} for dynunet (its norm)")
+
+
+def check_config(cfg):
+    """Return a list with a sentence for each wrong setting, starting with the field's name."""
+    problems = {}
+
+    def expect(name, good, expected):
+        """Note a sentence where a setting is not good, the first of each."""
+        if not good and name not in problems:
+            value = getattr(cfg, name)
+            got = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            problems[name] = f"{name}: expected {expected}, got {one_line(got) or 'nothing'}"
+
+    for name, (low, high) in LIMITS.items():
+        kind = int if np.array(getattr(Config, name)).dtype.kind == "i" else (int, float)
+        value = getattr(cfg, name)
+        values = value if isinstance(value, tuple) else (value,)
+        good = all(isinstance(number, kind) and low <= number <= high for number in values)
+        expect(name, good, f"{'whole numbers' if kind is int else 'numbers'} from {low} to {high}")
+    check_places(cfg, expect)
+    check_words(cfg, expect)
+    check_numbers(cfg, expect, set(problems))
+    return list(problems.values())
 
 
 def check_types(cfg):
@@ -1389,8 +1391,8 @@ def occupancy(label, affine, shape):
     (1, H, W, D) float16 in [0, 1]: the mean of samples that lie at least as close as the mask's
     voxels, interpolated linearly between these.
     """
-    own = ras_spacing(label.affine.numpy())
-    finer = np.ceil(nib.affines.voxel_sizes(affine.numpy()) / own).astype(int)
+    ratio = nib.affines.voxel_sizes(affine.numpy()) / ras_spacing(label.affine.numpy())
+    finer = np.ceil(ratio.round(2)).astype(int)  # headers hold float32: 0.8 mm is a little more
     to_samples = nib.affines.from_matvec(np.diag(1 / finer), (1 / finer - 1) / 2)
     target = {"dst_affine": affine @ torch.from_numpy(to_samples)}
     target["spatial_size"] = (finer * shape).tolist()
@@ -1542,6 +1544,7 @@ def check_size(case, cfg):
 def step_memory(model, cfg):
     """Return the bytes of a training step: weights, gradients, AdamW's states, what backward keeps.
 
+    With EMA_DECAY the average too.
     Found by a forward pass on the meta device, which computes nothing; float32.
     """
     kept = {}
@@ -1556,7 +1559,8 @@ def step_memory(model, cfg):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         shadow(patches)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return 4 * weights + sum(storage.nbytes() for storage in kept.values())
+    copies = 5 if cfg.EMA_DECAY else 4
+    return copies * weights + sum(storage.nbytes() for storage in kept.values())
 
 
 def estimate_cache(voxels, reports, cfg):
@@ -1710,7 +1714,8 @@ def prepare_cases(cases, cfg, step=0, keep_empty=False):
 def shift_centres(foreground, shape, cfg, rng):
     """Return the flat indices of voxels off those of PVS, by up to CROP_SHIFT of the patch.
 
-    A network that sees PVS in the middle of its patches only learns that (Isensee et al. 2021).
+    A network that sees PVS in the middle of its patches only learns that they are there: see issue
+    2045 of nnU-Net, https://github.com/MIC-DKFZ/nnUNet/issues/2045.
     """
     centres = np.stack(np.unravel_index(foreground.numpy(), shape), axis=1)
     reach = cfg.CROP_SHIFT * np.array(cfg.IMG_PATCH_SIZE)
@@ -2080,7 +2085,8 @@ def find_components(pred, affine):
     In mm3; that of the background, 0, is 0.
     """
     components, _ = ndimage.label(pred, TOUCHING)
-    sizes = np.bincount(components.ravel()) * 1000 * volume_ml(np.ones(1), affine)
+    voxel_mm3 = float(f"{1000 * volume_ml(np.ones(1), affine):.4g}")  # 1 and not 0.9999999
+    sizes = np.bincount(components.ravel()) * voxel_mm3
     sizes[0] = 0
     return components, sizes
 
@@ -2138,7 +2144,8 @@ def save_checkpoint(path, model, cfg, split, row, known=()):
     `known`: hashes of those that INIT_FROM was trained with.
     """
     grid = {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
-    content = {"model": model.state_dict(), "config": asdict(cfg), "working_grid": grid}
+    config = asdict(cfg) | {"TUNE_DECISION": False}  # until that is done, after the training
+    content = {"model": model.state_dict(), "config": config, "working_grid": grid}
     content |= {"sha256": list_hashes(split, "sha256"), "history_row": row}
     if known:
         content["sha256"]["before"] = {sha256: sha256 for sha256 in known}
@@ -2201,10 +2208,10 @@ def read_last(cfg, split):
     if content.get("processes") != processes:
         told = f"the run has {content.get('processes')}, now there are {processes}"
         problems.append(f"processes (torchrun --nproc_per_node): {told}")
-    for name, value in asdict(cfg).items():
+    names = [name for name in asdict(cfg) if name not in NOT_OF_TRAINING]
+    for name in list_differences(content["config"], asdict(cfg), names):
         trained = content["config"].get(name, getattr(Config, name))
-        if name not in NOT_OF_TRAINING and value != trained:
-            problems.append(f"{name}: the run has {trained}, now it is {value}")
+        problems.append(f"{name}: the run has {trained}, now it is {getattr(cfg, name)}")
     for key, kind in {"sha256": "scan", "label_sha256": "mask"}.items():
         for part, now in list_hashes(split, key).items():
             then = content[key][part]
@@ -2243,10 +2250,12 @@ NETWORK_SETTINGS = ("ARCHITECTURE", "ENCODER_NAME", "ENCODER_DEPTH", "DECODER_WI
 def list_differences(one, two, names):
     """Return the names of the settings in which two dicts of them differ.
 
-    Settings that one of them lacks are Config's; dynunet has no ENCODER_NAME.
+    Settings that one of them lacks are Config's; dynunet has no ENCODER_NAME; lists are tuples.
     """
     one, two = (asdict(Config()) | settings for settings in (one, two))
     unused = "ENCODER_NAME" if one["ARCHITECTURE"] == two["ARCHITECTURE"] == "dynunet" else ""
+    for settings in (one, two):
+        settings |= {k: list(v) for k, v in settings.items() if isinstance(v, tuple)}
     return [name for name in names if one[name] != two[name] and name != unused]
 
 
@@ -2303,12 +2312,15 @@ def restore_config(content, cfg, given):
     for name, value in given.items():
         trained = saved.get(name, getattr(Config, name))
         if name not in NOT_OF_CHECKPOINT and value != trained:
-            told = f"the checkpoint has {one_line(trained) or 'none'}, only training can change it"
+            way = "--resume can" if name == "TUNE_DECISION" else "only training can change it"
+            told = f"the checkpoint has {one_line(trained) or 'none'}, {way}"
             problems.append(f"{name}: {told}")
     of_run = ("DATA_DIR", "IMAGE_GLOB", "LABEL_GLOB", "AMP", *DECISION)  # unless given
     here = {k: getattr(cfg, k) for k in NOT_OF_CHECKPOINT if k not in of_run or k in given}
     known_here = {name: value for name, value in (saved | here).items() if name in known}
     restored = replace(Config(), **known_here)
+    if {"THRESHOLD", "SMALLEST_PVS"} & set(given):
+        restored = replace(restored, TUNE_DECISION=False)  # chosen by hand now
     problems += check_types(restored)
     if restored.PIX_DIM == (0, 0, 0):
         problems.append("PIX_DIM: expected the spacing of a working grid, got 0 0 0")
@@ -2422,7 +2434,7 @@ def validate(model, cases, cfg, epoch):
 
 NOTHING_LEARNED = (
     "See whether the masks fit the scans, "
-    "then try --head-bias-log-odds --batchnorm-momentum 0.1 or a lower --lr."
+    "then try --head-bias-log-odds --batchnorm-momentum 0.1, a lower --lr, or no --ema-decay."
 )
 
 
@@ -2445,7 +2457,8 @@ def share_gradients(model):
 def build_training(model, cfg):
     """Return what training changes: model, AdamW, its ReduceLROnPlateau, float16's scaler.
 
-    With EMA_DECAY also "average", the moving average of the model, taken after every step of AdamW.
+    With EMA_DECAY also "average", a model that follows the other after every step of AdamW. Not
+    torch's AveragedModel: it makes the GPU wait in every step.
     """
     settings = {"lr": cfg.LR, "weight_decay": cfg.WEIGHT_DECAY, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
@@ -2457,16 +2470,29 @@ def build_training(model, cfg):
     scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     training = {"model": model, "optimizer": optimizer, "plateau": plateau, "scaler": scaler}
     if cfg.EMA_DECAY:
-        function = get_ema_multi_avg_fn(cfg.EMA_DECAY)
-        average = AveragedModel(model, multi_avg_fn=function, use_buffers=True)
-        optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
-        training["average"] = average
+        training["average"] = copy.deepcopy(model).requires_grad_(False)
+        pairs = zip(weights_of(training["average"]), weights_of(model), strict=True)
+        follow = functools.partial(average_weights, list(pairs), cfg.EMA_DECAY)
+        optimizer.register_step_post_hook(follow)
     return training
+
+
+def weights_of(model):
+    """Return a model's parameters and BatchNorm's statistics, but for its counts of batches."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
+
+
+@torch.no_grad()
+def average_weights(pairs, decay, *_):
+    """Move every average towards the tensor that it is paired with."""
+    for average, now in pairs:
+        average.lerp_(now, 1 - decay)
 
 
 def model_to_keep(training):
     """Return the model that is validated and saved: the moving average where there is one."""
-    return training["average"].module if "average" in training else training["model"]
+    return training.get("average", training["model"])
 
 
 def fit(model, cfg, split, last=None, known=()):
@@ -2520,8 +2546,8 @@ def train_and_validate(parallel, loader, training, val_cases, history, cfg):
     row = {"epoch": epoch, "val_loss": None, "val_dice": None}
     row["lr"] = optimizer.param_groups[0]["lr"]
     row["train_loss"], row["train_dice"] = train_one_epoch(parallel, loader, optimizer, scaler, cfg)
-    for buffer in itertools.chain(training["model"].buffers(), model.buffers()):
-        if parallel is not training["model"]:  # BatchNorm's statistics, as the checkpoint has them
+    if parallel is not training["model"]:  # BatchNorm's statistics, as the checkpoint has them
+        for buffer in itertools.chain(training["model"].buffers(), model.buffers()):
             dist.broadcast(buffer, 0)
     seconds = gather([time.perf_counter() - start])[0]  # the first process's, for all
     row["seconds"] = round(seconds, 2)
@@ -2781,12 +2807,12 @@ def read_folds(top, cfg):
     """Return {fold: rows of its test scans} of the finished folds of the same settings and data."""
     found, own = {}, {*NOT_OF_TRAINING, "FOLD", "AMP"} - {*DECISION, "TUNE_DECISION"}
     own |= {"THRESHOLD", "SMALLEST_PVS"} if cfg.TUNE_DECISION else set()  # each fold's own
-    wanted = {k: v for k, v in json.loads(json.dumps(asdict(cfg))).items() if k not in own}
+    wanted = [name for name in asdict(cfg) if name not in own]
     for fold in range(1, cfg.FOLDS + 1):
         path = top / f"fold-{fold}" / "logs" / "comprehensive_test_metrics.json"
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
-            same = all(content["config"].get(name) == value for name, value in wanted.items())
+            same = not list_differences(content["config"], asdict(cfg), wanted)
             tested = {row["name"] for rows in found.values() for row in rows}
             again = tested & {row["name"] for row in content["subjects"]}
             if same and not again and content["data_set"] == data_set_name(cfg):
@@ -2892,6 +2918,7 @@ def write_description(cases, cfg):
     marked = ([p for p in above if (p / "dataset_description.json").exists()] for above in folders)
     sources = {(found or above)[0] for found, above in zip(marked, folders, strict=True)}
     made = f"{describe_network(cfg)}, {describe_grid(cfg)}; probability on the native grid, "
+    made += "mean of eight mirrored views, " if cfg.TTA_FLIPS else ""
     made += f"mask where above {cfg.THRESHOLD:g}"
     if cfg.SMALLEST_PVS:
         made += f", without components below {cfg.SMALLEST_PVS:g} mm3"
@@ -3408,9 +3435,17 @@ def choose_decision(model, cases, cfg):
     means = np.mean(gather(dices), axis=0)
     threshold, smallest = np.unravel_index(means.argmax(), means.shape)
     chosen = {"THRESHOLD": THRESHOLDS[threshold], "SMALLEST_PVS": SMALLEST[smallest]}
-    told = "Threshold %g, smallest PVS %g mm3: native Dice %.4f of the validation scans, not %.4f"
+    told = "Chosen on the validation scans: threshold %g, smallest PVS %g mm3, with which their"
+    told += " native Dice is %.4f (%.4f with 0.5 and 0); on other scans expect less"
     log.info(told, *chosen.values(), means.max(), means[0, 0])
     return replace(cfg, **chosen)
+
+
+def keep_decision(path, content, cfg):
+    """Write into a checkpoint, whose content is at hand, how its probabilities become masks."""
+    decision = {name: getattr(cfg, name) for name in (*DECISION, "TUNE_DECISION")}
+    if first_process() and list_differences(content["config"], decision, decision):
+        write_torch(path, content | {"config": content["config"] | decision})
 
 
 def train_and_test(model, split, cfg, last=None, known=()):
@@ -3424,9 +3459,9 @@ def train_and_test(model, split, cfg, last=None, known=()):
     out, best_path = Path(cfg.OUTPUT_DIR), Path(cfg.OUTPUT_DIR) / "checkpoints" / "best_model.pth"
     old = find_results(cfg) if first_process() and not last else []  # --overwrite
     if old and cfg.FOLDS:  # the folds' table, which is written anew at this fold's end
-        old += out.parent.glob("cross_validation.*")
+        old += [out.parent / f"cross_validation.{ending}" for ending in ("json", "csv")]
     for path in old:
-        path.unlink()
+        path.unlink(missing_ok=True)
     subjects = {part: sorted({c["subject"] for c in cases}) for part, cases in split.items()}
     if first_process():
         write_json(out / "logs" / "split.json", subjects)
@@ -3444,10 +3479,7 @@ def train_and_test(model, split, cfg, last=None, known=()):
     log.info(told, best["val_dice"], best["epoch"])
     if cfg.TUNE_DECISION:
         cfg = choose_decision(model, split["val"], cfg)
-    decision = {name: getattr(cfg, name) for name in (*DECISION, "TUNE_DECISION")}
-    differs = any(content["config"].get(name) != value for name, value in decision.items())
-    if differs and first_process():
-        write_torch(best_path, content | {"config": content["config"] | decision})
+    keep_decision(best_path, content, cfg)
     evaluate(model, split["test"], best, cfg)
     if best["val_dice"] > 0:
         return 0
@@ -3578,6 +3610,7 @@ def choose_checkpoints(cfg, options):
 
 
 ALIKE = (*NETWORK_SETTINGS, "PIX_DIM", "INTENSITY_PERCENTILES", "IMG_PATCH_SIZE", "SW_OVERLAP")
+ALIKE += ("TTA_FLIPS",)
 
 
 def restore_configs(paths, contents, cfg, given):
@@ -3646,7 +3679,9 @@ def choose_test_cases(cases, contents):
 
 
 def is_in_place(paths, contents, cfg):
-    """Return whether --evaluate tests a run's own weights on its own data set again."""
+    """Return whether --evaluate makes the test of a run again: its weights, data and decision."""
+    if list_differences(contents[0]["config"], asdict(cfg), DECISION):
+        return False
     trained_on = str(contents[0]["config"].get("DATA_DIR", Config.DATA_DIR))
     folders = [Path(folder).resolve() for folder in (cfg.DATA_DIR, trained_on)]
     own = Path(cfg.OUTPUT_DIR, "checkpoints", "best_model.pth").resolve()

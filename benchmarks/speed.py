@@ -307,7 +307,8 @@ def measure_epoch(bench):
     cases = prepare_heads(cfg)
     models = [train_pvs.build_model(cfg).to(bench.device) for _ in range(2)]
     loader = WatchedLoader(train_pvs.build_train_loader(cases[:-1], cfg, bench.device))
-    _, adamw, _, scaler = train_pvs.build_training(models[0], cfg).values()
+    training = train_pvs.build_training(models[0], cfg)
+    adamw, scaler = training["optimizer"], training["scaler"]
     weights, decay = models[1].parameters(), cfg.WEIGHT_DECAY
     plain_adamw = torch.optim.AdamW(weights, lr=cfg.LR, weight_decay=decay)
     loaders = plain_loader(cases[:-1], cfg, True), plain_loader(cases[-1:], cfg, False)
@@ -356,7 +357,8 @@ def training_step(bench, network_input=train_pvs.network_input, patches=4, **ove
     """Return a work: a training step with some patches; on a GPU it tells of memory too."""
     cfg = settings(bench, **{"IMG_PATCH_SIZE": STEP_PATCH} | overrides)
     model = train_pvs.build_model(cfg).to(bench.device)
-    _, optimizer, _, scaler = train_pvs.build_training(model, cfg).values()
+    training = train_pvs.build_training(model, cfg)
+    optimizer, scaler = training["optimizer"], training["scaler"]
     image = torch.rand(patches, 1, *cfg.IMG_PATCH_SIZE)
     loader = OneBatch([{"image": image, "label": (image > 0.999).float(), "name": ["noise"]}])
     train = partial(train_pvs.train_one_epoch, model, loader, optimizer, scaler, cfg)
@@ -606,7 +608,8 @@ def epoch_cost(cases, cfg):
     device = train_pvs.choose_device(cfg)
     model = train_pvs.build_model(cfg).to(device)
     loader = train_pvs.build_train_loader(cases, cfg, device)
-    _, optimizer, _, scaler = train_pvs.build_training(model, cfg).values()
+    training = train_pvs.build_training(model, cfg)
+    optimizer, scaler = training["optimizer"], training["scaler"]
     train = partial(train_pvs.train_one_epoch, model, loader, optimizer, scaler, cfg)
     seconds = [seconds_of(train, device) for _ in range(2)][-1]
     peak = train_pvs.peak_memory() / 1e6

@@ -324,3 +324,10 @@ def test_json_refuses_nan(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         train_pvs.write_json(tmp_path / "file", {"dice": float("nan")})
     assert json.loads((tmp_path / "file").read_text()) == {"dice": 0.5}
+
+
+def test_decision_is_not_both_given_and_chosen(run, tmp_path):
+    status, _, err = run("--tune-decision", "--threshold", 0.3)
+    assert status == 2
+    assert "THRESHOLD: --tune-decision chooses it; give only one" in err
+    assert not (tmp_path / "out").exists()

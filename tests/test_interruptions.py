@@ -357,7 +357,7 @@ def test_worker_ends_although_python_loses_its_exit_in_a_destructor(begin, tmp_p
     reached = tmp_path / "reached"
     run = begin(*WORKERS, hooks=[(pause_in_destructor, "train_pvs.build_cache_entry", reached)])
     run.wait_for(reached)
-    interrupt(run, signal.SIGTERM, seconds=5)
+    interrupt(run, signal.SIGTERM, seconds=9)  # below CLEAN_UP_SECONDS, when all are killed
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,11 @@ def test_average_follows_the_weights_and_is_what_is_validated_and_kept(
         return real(model, *args)
 
     weights, update = [], train_pvs.update_weights
+    begin = train_pvs.build_training
+
+    def build_training(model, cfg):
+        weights.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
+        return begin(model, cfg)
 
     def update_weights(model, *args):
         norm = update(model, *args)
@@ -314,14 +319,14 @@ def test_average_follows_the_weights_and_is_what_is_validated_and_kept(
         return norm
 
     monkeypatch.setattr(train_pvs, "validate", validate)
+    monkeypatch.setattr(train_pvs, "build_training", build_training)
     monkeypatch.setattr(train_pvs, "update_weights", update_weights)
     assert run("--ema-decay", 0.6, "--epochs", 2, "--no-amp")[0] in (0, 1)
-    steps = len(weights) // 2
-    average = weights[0]
-    for step, now in enumerate(weights):  # the first is taken as it is
-        average = 0.6 * average + 0.4 * now if step else now
-        if (step + 1) % steps == 0:
-            torch.testing.assert_close(seen[step // steps], average, atol=1e-6, rtol=1e-4)
+    average, steps = weights[0], len(weights) // 2  # an epoch's
+    for step, now in enumerate(weights[1:], 1):
+        average = 0.6 * average + 0.4 * now
+        if step % steps == 0:
+            torch.testing.assert_close(seen[step // steps - 1], average, atol=1e-6, rtol=1e-4)
             assert (average - now).abs().max() > 1e-4
     content = torch.load(tmp_path / "out" / "checkpoints" / "best_model.pth", weights_only=True)
     best = content["history_row"]["epoch"]
@@ -340,14 +345,14 @@ def test_average_and_decision_are_of_the_validation_scans_and_never_of_the_test(
 ):
     """Other test scans and masks must not change a bit; other validation masks must.
 
-    The network's probability is taken to be 0.45 in every other slice of the bright tubes, 0.25 in
-    other tissue. A mask of the tubes is met best by thresholds below 0.45, with Dice 0.67 or so;
-    one of all tissue by those below 0.25, with Dice 1, and so would be the mean of the two.
+    The network's probability is taken to be 0.44 in every other slice of the bright tubes, 0.24 in
+    other tissue. A mask of the tubes is met best by thresholds below 0.44, with Dice 0.67 or so;
+    one of all tissue by those below 0.24, with Dice 1, and so would be the mean of the two.
     """
 
     def predict_logits(model, image, cfg):
-        prob = torch.where(image.float() > 0.02, 0.25, 0.01)
-        prob[:, ::2][image[:, ::2] > 0.7] = 0.45
+        prob = torch.where(image.float() > 0.02, 0.24, 0.01)
+        prob[:, ::2][image[:, ::2] > 0.7] = 0.44
         return torch.logit(prob)[None]
 
     monkeypatch.setattr(train_pvs, "predict_logits", predict_logits)
@@ -391,8 +396,13 @@ def test_chosen_decision_is_what_tests_and_predictions_use(data, run, monkeypatc
     again = json.loads(metrics.read_text())
     assert again["subjects"] == first["subjects"]
     assert again["config"]["SMALLEST_PVS"] == 3
+    # Another decision is another test: it does not replace the run's own.
     assert train_pvs.main(["--evaluate", *machine, "--smallest-pvs", "100000"]) == 0
-    assert json.loads(metrics.read_text())["subjects"][0]["count_pred"] == 0
+    assert json.loads(metrics.read_text()) == again
+    other = json.loads((out / "evaluate-data" / "logs" / metrics.name).read_text())
+    assert other["subjects"][0]["count_pred"] == 0
+    assert other["config"]["THRESHOLD"] == 0.003
+    assert not other["config"]["TUNE_DECISION"]
 
 
 def test_finished_run_is_tested_again_with_another_decision(data, run, monkeypatch, tmp_path):
@@ -402,6 +412,7 @@ def test_finished_run_is_tested_again_with_another_decision(data, run, monkeypat
     path = tmp_path / "out" / "checkpoints" / "best_model.pth"
     first = run()[0]
     before = torch.load(path, weights_only=True)
+    monkeypatch.setattr(train_pvs, "train_one_epoch", None)
     for flags, threshold in ((("--tune-decision",), 0.25), (("--threshold", 0.3), 0.3), ((), 0.5)):
         assert run("--resume", *flags)[0] == first
         after = torch.load(path, weights_only=True)

@@ -439,3 +439,17 @@ def test_training_sees_the_soft_label_and_scores_the_other(data, tiny_config, tm
     assert nearest[0]["cache"] != cases[0]["cache"]
     labels = [train_pvs.load_cached(case[0])["label"] for case in (cases, nearest)]
     assert torch.equal(*labels)
+
+
+def test_soft_label_of_a_grid_that_is_the_scans_own_is_the_label(tmp_path, tiny_config):
+    # A NIfTI header holds float32: sides of 0.8 mm are a hair longer there.
+    label = np.random.default_rng(0).random((24, 22, 20)) < 0.1
+    image = np.where(ball(label.shape, 9), 400, 0) + 200 * label
+    affine, volumes = np.diag([0.8, 0.8, 0.8, 1]), {}
+    for key, array in {"image": image, "label": label}.items():
+        path = save_nifti(tmp_path / f"{key}.nii", array.astype(np.int16), affine)
+        volumes[key] = train_pvs.read_volume(path)[0]
+    assert nib.load(path).affine[0, 0] > 0.8
+    cfg = tiny_config(PIX_DIM=(0.8, 0.8, 0.8), LABEL_RESAMPLING="soft")
+    entry = train_pvs.to_working_grid(volumes, cfg)
+    np.testing.assert_allclose(entry["soft_label"].float(), entry["label"].float(), atol=2e-3)
