@@ -184,6 +184,9 @@ RECIPES = {  # named overrides of Config, chosen with --recipe
         "ENCODER_WEIGHTS": "none",
         "HEAD_BIAS_LOG_ODDS": True,
         "VAL_EVERY": 5,
+        "EMA_DECAY": 0.95,
+        "TUNE_DECISION": True,
+        "TTA_FLIPS": True,
     },
     "demo": {  # minutes on a laptop's CPU; why these: see the README
         "TEST_FRACTION": 0.25,

@@ -34,45 +34,52 @@ COMMON = (  # what makes a run small, the same for all rows
     "--img-patch-size 48 48 48 --batch-size 1 --crops-per-volume 2 --batchnorm-momentum 0.1 "
     "--head-bias-log-odds --val-every 1000000 --sw-overlap 0.25 --num-workers 1"
 )
-# Name: (what it is, flags of train_pvs.py; None: not the script's own). A row that resumes goes on
-# from the end of native's runs: other tests of the same weights.
+NATIVE = "--recipe native --decoder-width 16"
+PLAIN = f"{NATIVE} --ema-decay 0 --no-tta-flips --no-tune-decision"
+# Name: (what it is; flags of train_pvs.py, or the channels of nnU-Net's network, 0 as it plans; the
+# row that it is compared with). A row that resumes tests the weights of that other row anew.
 ROWS = {
-    "published": ("UNet++ on a 1.5 mm grid", "--recipe published"),
-    "native": ("DynUNet on the scans' own grid", "--recipe native --decoder-width 16"),
-    "native, 1.5 mm": (
-        "DynUNet on a 1.5 mm grid",
-        "--recipe native --decoder-width 16 --pix-dim 1.5 1.5 1.5",
-    ),
-    "native, UNet++": (
-        "UNet++ on the scans' own grid",
-        "--recipe native --architecture unetplusplus --decoder-width 16",
-    ),
-    "native, shifted": (
-        "crops up to a quarter of the patch off their PVS voxel",
-        "--recipe native --decoder-width 16 --crop-shift 0.25",
-    ),
-    "native, averaged": (
-        "moving average of the weights, 0.95 a step",
-        "--recipe native --decoder-width 16 --ema-decay 0.95",
-    ),
-    "native, tuned": (
-        "the same weights as native; threshold and smallest PVS chosen on the validation head",
-        "--recipe native --decoder-width 16 --tune-decision --resume",
-    ),
-    "native, mirrored": (
-        "the same weights as native; mean of eight mirrored views of a test head",
-        "--recipe native --decoder-width 16 --tta-flips --resume",
-    ),
+    "published": ("UNet++ on a 1.5 mm grid", "--recipe published", "native"),
     "published, soft": (
-        "UNet++ on a 1.5 mm grid, trained on the part of a voxel that PVS fill",
+        "trained on the part of each voxel that is PVS",
         "--recipe published --label-resampling soft",
+        "published",
     ),
+    "native": (
+        "DynUNet on the scans' own grid, averaged, mirrored and tuned as below",
+        NATIVE,
+        "plain",
+    ),
+    "plain": ("native without these three", PLAIN, "native"),
+    "plain, averaged": ("moving average of the weights", f"{PLAIN} --ema-decay 0.95", "plain"),
+    "plain, mirrored": (
+        "mean of eight mirrored views of a head",
+        f"{PLAIN} --tta-flips --resume",
+        "plain",
+    ),
+    "plain, tuned": (
+        "threshold and smallest PVS chosen on the validation head",
+        f"{PLAIN} --tune-decision --resume",
+        "plain",
+    ),
+    "plain, shifted": (
+        "patches up to a quarter of their size off their PVS voxel",
+        f"{PLAIN} --crop-shift 0.25",
+        "plain",
+    ),
+    "plain, UNet++": (
+        "UNet++ on the scans' own grid",
+        f"{PLAIN} --architecture unetplusplus",
+        "plain",
+    ),
+    "plain, 1.5 mm": ("DynUNet on a 1.5 mm grid", f"{PLAIN} --pix-dim 1.5 1.5 1.5", "plain"),
     "nnU-Net": (
         "nnU-Net v2, its own plan cut to 2 patches of 48 x 48 x 48 a step, learning rate over "
         "these minutes, no mirroring; epochs of 5 steps",
-        None,
+        0,
+        "native",
     ),
-    "nnU-Net, 16 channels": ("the same, half as wide as planned", None),
+    "nnU-Net, 16 channels": ("the same, half as wide as planned", 16, "native"),
 }
 NO_NNUNET = "The row nnU-Net needs a package that is not installed: pip install nnunetv2"
 SCORES = {  # title of the column: key of a head's row of the test scores
@@ -81,6 +88,7 @@ SCORES = {  # title of the column: key of a head's row of the test scores
     "lesion F1, any overlap": "lesion_f1_any",
     "volume error, %": "volume_ml_error_percent",
 }
+COMPARED = ("native_dice", "lesion_f1_any")
 
 
 def make_heads(folder):
@@ -114,23 +122,22 @@ def run_folder(row, seed, options):
 
 def run(row, seed, options):
     """Train and test a row with a seed."""
-    out, flags = run_folder(row, seed, options), ROWS[row][1]
-    if flags is None:
+    out, (_, flags, other) = run_folder(row, seed, options), ROWS[row]
+    if isinstance(flags, int):
         import nnunet
 
-        channels = 16 if row == "nnU-Net, 16 channels" else 0  # 0: as planned, 32
-        nnunet.run(out, seed, options.minutes, options.work, channels=channels)
+        nnunet.run(out, seed, options.minutes, options.work, channels=flags)
         return
     flags = [*COMMON.split(), *flags.split(), "--max-minutes", str(options.minutes)]
     if "--resume" in flags:
-        native = run_folder("native", seed, options)
-        if not read_run(native):
-            run("native", seed, options)
-        if not read_run(native):
+        trained = run_folder(other, seed, options)
+        if not read_run(trained):
+            run(other, seed, options)
+        if not read_run(trained):
             return
         shutil.rmtree(out, ignore_errors=True)
         without = shutil.ignore_patterns("comprehensive_test_metrics.json")  # it means: done
-        shutil.copytree(native, out, ignore=without)
+        shutil.copytree(trained, out, ignore=without)
     else:
         flags.append("--overwrite")
     flags += ["--data-dir", str(options.work / "data"), "--output-dir", str(out)]
@@ -162,24 +169,25 @@ def interval(values):
     return tuple(stats.bootstrap((values,), np.mean, **settings).confidence_interval)
 
 
-def describe_row(row, runs, baseline):
-    """Return a table line: the means over subjects and seeds, and the difference to native."""
+def describe_row(row, results):
+    """Return a table line: the means over subjects and seeds, and the differences to its base."""
+    runs, base = results[row], results.get(ROWS[row][2])
     cells = [f"**{row}**: {ROWS[row][0]}", next(iter(runs.values()))[1].split(", ")[-1]]
     for key in SCORES.values():
         values = np.array([abs(s[key]) for subjects, *_ in runs.values() for s in subjects])
         low, high = interval(values)
         digits = 0 if key.endswith("percent") else 3
         cells.append(f"{values.mean():.{digits}f} ({low:.{digits}f} to {high:.{digits}f})")
-    cells.append(compare(runs, baseline) if baseline and runs is not baseline else "")
+    cells.append(ROWS[row][2])
+    cells += [compare(runs, base, key) if base else "" for key in COMPARED]
     cells.append(", ".join(str(epochs) for *_, epochs in runs.values()))
     return "| " + " | ".join(cells) + " |"
 
 
-def compare(runs, baseline):
-    """Return the paired difference of the native Dice to the baseline's, same seeds and heads."""
-    seeds = sorted(set(runs) & set(baseline))
-    pairs = [zip(runs[seed][0], baseline[seed][0], strict=True) for seed in seeds]
-    gains = np.array([a["native_dice"] - b["native_dice"] for pair in pairs for a, b in pair])
+def compare(runs, base, key):
+    """Return the paired difference of a score to the base's, same seeds and heads."""
+    pairs = [zip(runs[seed][0], base[seed][0], strict=True) for seed in runs]
+    gains = np.array([a[key] - b[key] for pair in pairs for a, b in pair])
     low, high = interval(gains)
     return f"{gains.mean():+.3f} ({low:+.3f} to {high:+.3f})"
 
@@ -197,21 +205,21 @@ def write_table(path, results, options):
         "CPU; networks and patches are small: see `benchmarks/accuracy.py`, which makes this "
         "table, and `nnunet.py` beside it. Scores are means over the test heads and seeds, with "
         "the 95 % bootstrap interval over these pairs, which are not independent, all on the "
-        "**native grid**. Round trip: what the grid alone leaves of a perfect mask. The difference "
-        "is paired: the same heads and seeds.",
+        "**native grid**. Round trip: what the grid alone leaves of a perfect mask. Differences "
+        "are paired: the same heads and seeds.",
         "",
-        f"| recipe | trained on | {' | '.join(SCORES)} | native Dice, against native | epochs |",
-        "| --- | --- | " + " | ".join("---" for _ in SCORES) + " | --- | --- |",
+        f"| recipe | trained on | {' | '.join(SCORES)} | compared with | native Dice, difference | "
+        "lesion F1, difference | epochs |",
+        "| --- | --- | " + " | ".join("---" for _ in SCORES) + " | --- | --- | --- | --- |",
     ]
-    baseline = results.get("native")
-    lines += [describe_row(row, runs, baseline) for row, runs in results.items()]
+    lines += [describe_row(row, results) for row in results]
     train_pvs.write_file(path, "\n".join(lines) + "\n")
 
 
 def main(argv=None):
     """Make the data, train what has not been, write the table; return the status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    rows = [row for row, (_, flags) in ROWS.items() if flags is not None or has_nnunet()]
+    rows = [row for row, (_, flags, _) in ROWS.items() if isinstance(flags, str) or has_nnunet()]
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=rows)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=4)

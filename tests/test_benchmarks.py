@@ -80,7 +80,9 @@ def test_failed_section_loses_no_other(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------- Accuracy
 
 
-@pytest.mark.parametrize("row", [row for row, (_, flags) in accuracy.ROWS.items() if flags])
+@pytest.mark.parametrize(
+    "row", [row for row, (_, flags, _) in accuracy.ROWS.items() if isinstance(flags, str)]
+)
 def test_flags_of_every_row_are_settings_that_differ_only_in_what_the_row_names(row):
     flags = [*accuracy.COMMON.split(), *accuracy.ROWS[row][1].split()]
     cfg, _ = train_pvs.parse_command_line([*flags, "--data-dir", "data"])
@@ -147,7 +149,7 @@ def test_table_keeps_rows_that_were_not_asked_for_once_all_their_seeds_are_done(
     tmp_path, monkeypatch
 ):
     options = SimpleNamespace(work=tmp_path, minutes=2)
-    for row, seeds in {"nnU-Net": (1, 2), "published": (1, 2), "native, UNet++": (1,)}.items():
+    for row, seeds in {"nnU-Net": (1, 2), "published": (1, 2), "plain, UNet++": (1,)}.items():
         for seed in seeds:
             write_run(accuracy.run_folder(row, seed, options), 0.25)
     flags = ("--rows", "native", "--seeds", "2")
@@ -169,6 +171,28 @@ def test_run_without_scores_ends_the_benchmark_with_its_folder_named(tmp_path, m
     )
     assert str(tmp_path / "native-1-4-minutes") in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_row_that_resumes_goes_on_from_a_copy_without_the_scores(tmp_path, monkeypatch):
+    """With its scores an interrupted copy would pass for a run that is done."""
+    trained, options = [], SimpleNamespace(work=tmp_path, minutes=2)
+
+    def train(command, **_):
+        out = Path(command[command.index("--output-dir") + 1])
+        trained.append(out.name)
+        if "--resume" in command:
+            assert (out / "logs" / "training_history.json").exists()
+            assert accuracy.read_run(out) is None
+        write_run(out, 0.5)
+
+    monkeypatch.setattr(accuracy.subprocess, "run", train)
+    accuracy.run("plain, tuned", 1, options)
+    accuracy.run("plain, mirrored", 1, options)
+    names = [f"plain{row}-1-2-minutes" for row in ("", "-tuned", "-mirrored")]
+    assert trained == names
+    monkeypatch.setattr(accuracy.subprocess, "run", lambda command, **_: None)  # it fails
+    accuracy.run("plain, tuned", 2, options)
+    assert accuracy.read_run(tmp_path / "plain-tuned-2-2-minutes") is None
 
 
 # ---------------------------------------------------------------------------------------- nnU-Net

@@ -116,7 +116,10 @@ def test_every_finished_fold_adds_its_subjects_to_one_table(folds):
     assert f" native Dice {np.mean(dices):8.4f} (95 % from {low:.4f} to {high:.4f})" in printed[-1]
 
 
-@pytest.mark.parametrize(("name", "value"), [("SEED", 9), ("DECODER_WIDTH", 9), (None, "other")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SEED", 9), ("DECODER_WIDTH", 9), ("THRESHOLD", 0.3), ("TTA_FLIPS", True), (None, "other")],
+)
 def test_folds_of_other_settings_or_data_are_named_and_not_in_the_table(
     name, value, folds, tmp_path, messages
 ):
@@ -133,6 +136,18 @@ def test_folds_of_other_settings_or_data_are_named_and_not_in_the_table(
     assert f"not in the cross-validation, of other settings or data: {path}" in messages.text
 
 
+def test_folds_of_the_time_before_a_setting_are_those_of_its_default(folds, tmp_path):
+    folder, *_ = folds
+    shutil.copytree(folder / "out", tmp_path / "out")
+    path = tmp_path / "out" / "fold-2" / "logs" / "comprehensive_test_metrics.json"
+    content = json.loads(path.read_text())
+    del content["config"]["EMA_DECAY"], content["config"]["INTENSITY_PERCENTILES"]
+    path.write_text(json.dumps(content))
+    flags = ["--data-dir", folder / "data", "--output-dir", tmp_path / "out", *TINY, *LEARNING]
+    cfg, _ = train_pvs.parse_command_line([*map(str, flags), "--folds", str(FOLDS), "--fold", "1"])
+    assert list(train_pvs.write_cross_validation(cfg)[1]) == [1, 2, 3]
+
+
 def test_fold_that_is_given_up_leaves_the_table(folds, tmp_path, monkeypatch):
     folder, *_ = folds
     shutil.copytree(folder / "out", tmp_path / "out")
@@ -141,9 +156,11 @@ def test_fold_that_is_given_up_leaves_the_table(folds, tmp_path, monkeypatch):
         raise FloatingPointError("the loss became nan")
 
     monkeypatch.setattr(train_pvs, "fit", fit)
+    notes = tmp_path / "out" / "cross_validation.xlsx"
+    notes.touch()
     flags = ["--data-dir", folder / "data", "--output-dir", tmp_path / "out", *TINY, *LEARNING]
     assert call(*flags, "--folds", FOLDS, "--fold", 2, "--overwrite")[0] == 1
-    assert list((tmp_path / "out").glob("cross_validation.*")) == []
+    assert list((tmp_path / "out").glob("cross_validation.*")) == [notes]  # not the script's
 
 
 def test_external_test_of_a_fold_is_no_cross_validation(folds, tmp_path):
@@ -253,7 +270,7 @@ def test_ensemble_is_scored_on_other_scans_and_all_its_files_are_named(folds, tm
 def test_checkpoints_of_different_networks_are_told_by_what_differs(folds, tmp_path):
     folder, *_ = folds
     content = torch.load(checkpoint(folder, 2), weights_only=True)
-    content["config"] |= {"DECODER_WIDTH": 3, "PIX_DIM": (1, 1, 2)}
+    content["config"] |= {"DECODER_WIDTH": 3, "PIX_DIM": (1, 1, 2), "TTA_FLIPS": True}
     other = tmp_path / "other.pth"
     torch.save(content, other)
     scan = image_path(folder / "data", "sub-001")
@@ -264,3 +281,4 @@ def test_checkpoints_of_different_networks_are_told_by_what_differs(folds, tmp_p
     assert "Error: checkpoints that do not go together:\n" in err
     assert f"  DECODER_WIDTH: {one} has 2, {other} has 3\n" in err
     assert f"  PIX_DIM: {one} has (1, 1, 1), {other} has (1, 1, 2)\n" in err
+    assert f"  TTA_FLIPS: {one} has False, {other} has True\n" in err

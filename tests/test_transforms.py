@@ -11,6 +11,7 @@ from monai.data import MetaTensor
 from scipy import ndimage
 
 import train_pvs
+from conftest import save_nifti
 
 KEYS = ("image", "label")
 
