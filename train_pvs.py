@@ -2519,7 +2519,7 @@ def fit(model, cfg, split, last=None, known=()):
     if last:
         progress |= last["progress"]
         for name, part in training.items():
-            if last[name]:  # of a scaler that is in use now only, there is none
+            if last.get(name):  # of a scaler that is in use now only, there is none
                 part.load_state_dict(last[name])
     history = progress["history"]
     while len(history) < cfg.EPOCHS and not stops_early(progress, cfg):
