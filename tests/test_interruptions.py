@@ -96,8 +96,8 @@ def kill_worker(name, call):
 
 
 def leaves_no_process(run):
-    """Return whether all processes of a run that has ended are gone within a second."""
-    end = time.monotonic() + 1
+    """Return whether all processes of a run that has ended are gone within some seconds."""
+    end = time.monotonic() + 3
     while members(run.pid) and time.monotonic() < end:
         time.sleep(0.01)
     return not members(run.pid)
@@ -322,7 +322,7 @@ def test_script_in_the_middle_of_its_training_ends_as_a_terminal_asks(heads, tmp
             assert time.monotonic() < end
             time.sleep(0.02)
         os.killpg(run.pid, signal.SIGINT)
-        err = run.communicate(timeout=10)[1]
+        err = run.communicate(timeout=30)[1]
     assert run.returncode == 130
     *progress, told = err.splitlines()
     assert told.startswith("Interrupted (SIGINT)")
@@ -349,7 +349,7 @@ def test_signal_that_reaches_the_workers_after_the_run_ends_it_in_one_line(begin
         time.sleep(0.01)
     for worker in set(members(run.pid)) - {run.pid}:
         os.kill(worker, signal.SIGTERM)
-    assert run.end(5) == 128 + signal.SIGTERM
+    assert run.end(9) == 128 + signal.SIGTERM  # below CLEAN_UP_SECONDS, when all are killed
     last_line(run, "Interrupted (SIGTERM). ")
 
 
