@@ -72,6 +72,7 @@ with warnings.catch_warnings():  # its timm 0.9.7 imports what is deprecated
 
 matplotlib.use("Agg")  # figures go to files; no screen is needed
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatter
 
 nib.imageglobals.logger.setLevel(logging.CRITICAL)  # its remarks name no file
 matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
@@ -3132,6 +3133,8 @@ def draw_training_curves(path, history, cfg):
         ax.grid(alpha=0.3)
     axes[1].set_ylim(0, 1)
     axes[2].set_yscale("log")
+    axes[2].yaxis.set_major_formatter(LogFormatter())  # the usual one writes in math text
+    axes[2].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     write_figure(path, figure, data_set_name(cfg))
 
 

@@ -261,3 +261,26 @@ def test_training_curves_leave_out_epochs_without_validation(monkeypatch, cfg):
         [[1, 0.1], [3, 0.2]],
         [[1, 1e-3], [2, 1e-3], [3, 5e-4]],
     ]
+
+
+def test_learning_rates_are_labelled_in_plain_numbers(monkeypatch, cfg):
+    """Dollars are not drawn as math text, since names may hold them."""
+    labels = []
+
+    def write_figure(path, figure, title):
+        figure.canvas.draw()
+        for minor in (False, True):
+            labels.extend(text.get_text() for text in figure.axes[2].get_yticklabels(minor=minor))
+        plt.close(figure)
+
+    monkeypatch.setattr(train_pvs, "write_figure", write_figure)
+    for history in (
+        make_history(),
+        make_history()[:1],
+        [*make_history(), make_history()[-1] | {"lr": 1e-6}],
+    ):
+        train_pvs.draw_training_curves("curves.jpg", history, cfg)
+        shown = [float(label.replace("\N{MINUS SIGN}", "-")) for label in labels if label]
+        assert shown
+        assert min(shown) > 0
+        labels.clear()
