@@ -3615,8 +3615,10 @@ def choose_checkpoints(cfg, options):
     return [next(filter(Path.is_dir, folders), folders[0]) / "best_model.pth"]
 
 
-ALIKE = (*NETWORK_SETTINGS, "PIX_DIM", "INTENSITY_PERCENTILES", "IMG_PATCH_SIZE", "SW_OVERLAP")
-ALIKE += ("TTA_FLIPS",)
+ALIKE = (
+    *(*NETWORK_SETTINGS, "PIX_DIM", "INTENSITY_PERCENTILES", "IMG_PATCH_SIZE"),
+    *("SW_OVERLAP", "TTA_FLIPS"),
+)
 
 
 def restore_configs(paths, contents, cfg, given):

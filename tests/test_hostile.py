@@ -1127,15 +1127,15 @@ def test_useless_checkpoint_is_told_by_its_name_and_runs_no_code(
     assert not (tmp_path / "code was run").exists()
 
 
-@pytest.mark.parametrize(
-    "write",
-    cases(
-        {
-            "text": lambda path, _: path.write_text("weights"),
-            "weights only": (lambda path, content: torch.save(content, path),),
-        }
-    ),
+OTHER_FILES = cases(  # in place of a state to go on from
+    {
+        "text": lambda path, _: path.write_text("weights"),
+        "weights only": (lambda path, content: torch.save(content, path),),
+    }
 )
+
+
+@pytest.mark.parametrize("write", OTHER_FILES)
 def test_starting_from_what_is_no_checkpoint_is_refused(weights, data, run, tmp_path, write):
     path = tmp_path / "weights.pth"
     write(path, weights[1] | {"model": {}})
@@ -1157,15 +1157,7 @@ def test_evaluating_with_a_checkpoint_that_lacks_a_part_of_the_split(part, weigh
     )
 
 
-@pytest.mark.parametrize(
-    "write",
-    cases(
-        {
-            "text": lambda path, _: path.write_text("weights"),
-            "weights only": (lambda path, content: torch.save(content, path),),
-        }
-    ),
-)
+@pytest.mark.parametrize("write", OTHER_FILES)
 def test_resuming_from_what_is_no_state_of_a_run_is_refused(weights, data, run, tmp_path, write):
     path = tmp_path / "out" / "checkpoints" / "last.pth"
     path.parent.mkdir(parents=True)
