@@ -80,6 +80,7 @@ torch.backends.cudnn.benchmark = True  # all patches and windows have one size
 # Of letters that the font lacks, and of headers that are checked here; MONAI's of its own call.
 warnings.filterwarnings("ignore", "Glyph .* missing|Extension size")
 warnings.filterwarnings("ignore", ".*always_return_as_numpy.*", FutureWarning)
+warnings.filterwarnings("ignore", "Grad strides do not match")  # channels-last costs one copy
 log = logging.getLogger("train_pvs")
 
 # ------------------------------------------------------------------------------------------ Config
@@ -1751,33 +1752,53 @@ class TrainingPatches(Dataset):
 
 
 class EpochSampler(Sampler):
-    """Yield (epoch, number) of every training case, in an order drawn from SEED and the epoch.
+    """Yield batches of (epoch, number), epoch after epoch without end, from `epoch` on.
 
-    Several processes share it out; a few cases come twice where they would not have equally many.
+    Each has every training case once, in an order drawn from SEED and the epoch. Several processes
+    share it out; a few cases come twice where they would not have equally many.
     """
 
-    def __init__(self, count, seed):
-        self.count, self.seed, self.epoch = count, seed, 0
+    def __init__(self, count, cfg):
+        self.count, self.seed, self.batch_size, self.epoch = count, cfg.SEED, cfg.BATCH_SIZE, 1
 
     def __len__(self):
-        return math.ceil(self.count / process_number("WORLD_SIZE"))
+        """Return the number of batches of one epoch."""
+        return math.ceil(math.ceil(self.count / process_number("WORLD_SIZE")) / self.batch_size)
 
     def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
-        order = np.resize(order, len(self) * process_number("WORLD_SIZE"))
-        return ((self.epoch, int(number)) for number in share(order))
+        processes = process_number("WORLD_SIZE")
+        for epoch in itertools.count(self.epoch):
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            order = np.resize(order, math.ceil(self.count / processes) * processes)
+            keys = [(epoch, int(number)) for number in share(order)]
+            for start in range(0, len(keys), self.batch_size):
+                yield keys[start : start + self.batch_size]
+
+
+class TrainLoader(DataLoader):
+    """A loader that gives the batches of `epoch`, while its workers go on with the next epoch's.
+
+    So no epoch, and nothing after a validation, waits for its first batch.
+    """
+
+    epoch, batches, following = 1, None, None
+
+    def __iter__(self):
+        if self.epoch != self.following:
+            self.batch_sampler.epoch = self.epoch
+            self.batches = super().__iter__()
+        self.following = self.epoch + 1
+        return itertools.islice(self.batches, len(self))
 
 
 def build_train_loader(cases, cfg, device):
     """Return the loader of batches: BATCH_SIZE volumes' patches, (B, 1, *IMG_PATCH_SIZE)."""
-    return DataLoader(
+    return TrainLoader(
         TrainingPatches(cases, cfg),
-        batch_size=cfg.BATCH_SIZE,
-        sampler=EpochSampler(len(cases), cfg.SEED),
+        batch_sampler=EpochSampler(len(cases), cfg),
         num_workers=worker_count(cfg),
         collate_fn=list_data_collate,
         pin_memory=device.type == "cuda",
-        persistent_workers=cfg.NUM_WORKERS > 0,
         worker_init_fn=leave_signals_to_the_run,
         generator=torch.Generator(),  # so that it draws nothing from the model's random numbers
     )
@@ -2003,18 +2024,22 @@ def calculate_boundary_metrics(pred, label, spacing):
 # --------------------------------------------------------------------------------------- Inference
 
 
-def network_input(image, device, cfg):
-    """Return images (B, 1, H, W, D) on `device`, in the memory layout that was measured to be fast.
+def memory_format(device, cfg, training):
+    """Return the memory layout of images and features that was measured to be fast.
 
-    On CPUs channels-last halves inference in bfloat16 and costs nothing in float32; training in
-    bfloat16 is faster without it, for its depthwise convolutions' backward pass. GPUs were not
-    measured: `benchmarks/speed.py` does.
+    On CPUs channels-last is faster but in training in bfloat16, for its depthwise convolutions'
+    backward pass. GPUs were not measured: `benchmarks/speed.py` does.
     """
-    image = image.to(device, non_blocking=True)
-    training = torch.is_grad_enabled()
     if device.type != "cpu" or (training and autocast_dtype(device, cfg) != torch.float32):
-        return image
-    return image.contiguous(memory_format=torch.channels_last_3d)
+        return torch.contiguous_format
+    return torch.channels_last_3d
+
+
+def network_input(image, device, cfg):
+    """Return images (B, 1, H, W, D) on `device`, laid out for what the network does next."""
+    layout = memory_format(device, cfg, training=torch.is_grad_enabled())
+    # Not `contiguous`, which leaves images of one channel as they are.
+    return image.to(device, non_blocking=True, memory_format=layout)
 
 
 def blending_device(image, device):
@@ -2360,7 +2385,7 @@ def check_finite(numbers, epoch):
 
 
 def train_one_epoch(model, loader, optimizer, scaler, cfg):
-    """Train once on patches of every case; the epoch is the sampler's.
+    """Train once on patches of every case; the epoch is the loader's.
 
     The GPU is not waited for in every step: numbers are read every second and at the end.
 
@@ -2371,7 +2396,7 @@ def train_one_epoch(model, loader, optimizer, scaler, cfg):
         FloatingPointError: a loss or a gradient is not finite; the weights are of no use then.
     """
     model.train()
-    device, epoch = next(model.parameters()).device, loader.sampler.epoch
+    device, epoch = next(model.parameters()).device, loader.epoch
     losses, numbers, names = [], [], []
     next_look = time.monotonic() + CHECK_SECONDS
     counts = torch.zeros(2, dtype=torch.int64, device=device)  # voxels: hits, found + true
@@ -2524,7 +2549,7 @@ def fit(model, cfg, split, last=None, known=()):
                 part.load_state_dict(last[name])
     history = progress["history"]
     while len(history) < cfg.EPOCHS and not stops_early(progress, cfg):
-        loader.sampler.epoch = len(history) + 1
+        loader.epoch = len(history) + 1
         row = train_and_validate(parallel, loader, training, split["val"], history, cfg)
         history.append(row)
         progress["waited"] += row["val_dice"] is not None
@@ -2546,7 +2571,7 @@ def train_and_validate(parallel, loader, training, val_cases, history, cfg):
     """
     optimizer, plateau, scaler = (training[k] for k in ("optimizer", "plateau", "scaler"))
     model = model_to_keep(training)
-    start, epoch = time.perf_counter(), loader.sampler.epoch
+    start, epoch = time.perf_counter(), loader.epoch
     row = {"epoch": epoch, "val_loss": None, "val_dice": None}
     row["lr"] = optimizer.param_groups[0]["lr"]
     row["train_loss"], row["train_dice"] = train_one_epoch(parallel, loader, optimizer, scaler, cfg)

@@ -278,13 +278,13 @@ class WatchedLoader:
     """A loader that notes how many seconds its user waits for batches."""
 
     def __init__(self, loader):
-        self.loader, self.sampler, self.waited = loader, loader.sampler, 0.0
+        self.loader, self.epoch, self.waited = loader, 0, 0.0
 
     def __len__(self):
         return len(self.loader)
 
     def __iter__(self):
-        start = time.perf_counter()
+        start, self.loader.epoch = time.perf_counter(), self.epoch
         for batch in self.loader:
             self.waited += time.perf_counter() - start
             yield batch
@@ -314,9 +314,9 @@ def measure_epoch(bench):
     loaders = plain_loader(cases[:-1], cfg, True), plain_loader(cases[-1:], cfg, False)
 
     def ours():
-        loader.waited, loader.sampler.epoch = 0.0, loader.sampler.epoch + 1
+        loader.waited, loader.epoch = 0.0, loader.epoch + 1
         train = partial(train_pvs.train_one_epoch, models[0], loader, adamw, scaler, cfg)
-        validate = partial(train_pvs.validate, models[0], cases[-1:], cfg, loader.sampler.epoch)
+        validate = partial(train_pvs.validate, models[0], cases[-1:], cfg, loader.epoch)
         numbers = timed_epoch(train, validate, bench.device)
         shares.append(100 * loader.waited / numbers["training and validation, s"])
         return numbers
@@ -344,13 +344,13 @@ def contiguous(image, device, _):
 
 def channels_last(image, device, _):
     """Take the place of `network_input` where all is to be channels-last."""
-    return image.to(device).contiguous(memory_format=torch.channels_last_3d)
+    return image.to(device).to(memory_format=torch.channels_last_3d)
 
 
 class OneBatch(list):
     """A loader of one batch."""
 
-    sampler = train_pvs.EpochSampler(1, 0)
+    epoch = 1
 
 
 def training_step(bench, network_input=train_pvs.network_input, patches=4, **overrides):

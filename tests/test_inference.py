@@ -41,6 +41,19 @@ def test_prediction_of_a_cached_half_precision_volume_is_float32(tiny_config):
     torch.testing.assert_close(logits, (10 * image.float() - 5)[None], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layout_of_the_images_is_that_of_all_features(dtype, training, monkeypatch, tiny_config):
+    """An image of one channel is contiguous and channels-last at once, and must not stay so."""
+    monkeypatch.setattr(train_pvs, "autocast_dtype", lambda *_: dtype)
+    conv, cpu = nn.Conv3d(1, 8, 3, padding=1), torch.device("cpu")
+    with torch.set_grad_enabled(training):
+        image = train_pvs.network_input(torch.rand(2, 1, 16, 16, 16), cpu, tiny_config())
+        features = conv(image)
+    channels_last = dtype == torch.float32 or not training
+    assert (features.stride(1) == 1) == channels_last
+
+
 def test_prediction_puts_the_model_into_evaluation_mode(tiny_config):
     model = train_pvs.build_model(tiny_config()).train()
     image = torch.rand(1, 16, 16, 20)

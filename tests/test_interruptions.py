@@ -822,9 +822,9 @@ def test_gradient_that_is_not_finite_ends_the_run_at_that_step(
     assert status == 1
     assert len(calls) == 5
     split = json.loads((tmp_path / "out" / "logs" / "split.json").read_text())
-    sampler = train_pvs.EpochSampler(2, 123)
+    sampler = train_pvs.EpochSampler(2, train_pvs.Config(BATCH_SIZE=1))
     sampler.epoch = 3
-    first = split["train"][next(iter(sampler))[1]]
+    first = split["train"][next(iter(sampler))[0][1]]
     assert (
         f"the gradient became nan in epoch 3 with {first}. Nothing was saved from this epoch" in err
     )
@@ -855,9 +855,9 @@ def test_numbers_are_read_once_in_a_while_and_name_the_step_that_was_wrong(
     training = [names for names in reads if "loss" in names]
     assert training == 2 * [["loss", "gradient", "loss", "gradient"]]
     split = json.loads((tmp_path / "out" / "logs" / "split.json").read_text())
-    sampler = train_pvs.EpochSampler(2, 123)
+    sampler = train_pvs.EpochSampler(2, train_pvs.Config(BATCH_SIZE=1))
     sampler.epoch = 2
-    first = split["train"][next(iter(sampler))[1]]
+    first = split["train"][next(iter(sampler))[0][1]]
     assert f"the gradient became nan in epoch 2 with {first}. Nothing was saved" in err
     history = json.loads((tmp_path / "out" / "logs" / "training_history.json").read_text())
     assert [row["epoch"] for row in history] == [1]

@@ -1,6 +1,9 @@
 """From a scan on its native grid to a volume on the working grid, and on to training patches."""
 
+import itertools
 import math
+import os
+import time
 
 import nibabel as nib
 import numpy as np
@@ -252,12 +255,12 @@ def test_batches_are_the_same_with_and_without_workers(prepared):
         cfg = make(BATCH_SIZE=3, NUM_WORKERS=workers)
         loader = train_pvs.build_train_loader(cases, cfg, torch.device("cpu"))
         batches = []
-        for loader.sampler.epoch in (1, 2):
+        for loader.epoch in (1, 2, 2, 1):  # the last two are begun anew
             batches += list(loader)
         return batches
 
     one, two = draw(0), draw(2)
-    assert [len(batch["name"]) for batch in one] == [6, 2, 6, 2]  # 3 and 1 volumes of 2 patches
+    assert [len(batch["name"]) for batch in one] == 4 * [6, 2]  # 3 and 1 volumes of 2 patches
     for a, b in zip(one, two, strict=True):
         assert a["name"] == b["name"]
         for key in KEYS:
@@ -267,13 +270,39 @@ def test_batches_are_the_same_with_and_without_workers(prepared):
 
 
 def test_epoch_takes_every_case_once_in_its_own_order():
-    sampler, orders = train_pvs.EpochSampler(20, seed=1), []
-    for sampler.epoch in (1, 2, 1):
-        epochs, numbers = zip(*sampler, strict=True)
-        assert set(epochs) == {sampler.epoch}
-        assert sorted(numbers) == list(range(20))
-        orders.append(numbers)
-    assert orders[0] == orders[2] != orders[1]
+    sampler, orders = train_pvs.EpochSampler(20, train_pvs.Config(SEED=1, BATCH_SIZE=8)), []
+    for sampler.epoch, count in ((1, 2), (2, 1)):
+        batches = iter(sampler)
+        for epoch in range(sampler.epoch, sampler.epoch + count):
+            drawn = list(itertools.islice(batches, len(sampler)))
+            assert [len(batch) for batch in drawn] == [8, 8, 4]  # none has cases of two epochs
+            epochs, numbers = zip(*itertools.chain(*drawn), strict=True)
+            assert set(epochs) == {epoch}
+            assert sorted(numbers) == list(range(20))
+            orders.append(numbers)
+    assert orders[0] != orders[1] == orders[2]
+
+
+def test_worker_goes_on_with_the_next_epoch_while_nobody_waits(prepared, monkeypatch, tmp_path):
+    cases, make = prepared
+    real = train_pvs.TrainingPatches.__getitem__
+
+    def get(dataset, key):
+        (tmp_path / f"epoch-{key[0]}-of-{os.getpid()}").touch()
+        return real(dataset, key)
+
+    monkeypatch.setattr(train_pvs.TrainingPatches, "__getitem__", get)
+    cfg = make(BATCH_SIZE=1, NUM_WORKERS=1)
+    loader, deadline = train_pvs.build_train_loader(cases, cfg, torch.device("cpu")), 60
+    assert len(list(loader)) == len(loader) == len(cases)
+    while not list(tmp_path.glob("epoch-2-*")):
+        time.sleep(0.1)
+        deadline -= 0.1
+        assert deadline > 0
+    loader.epoch = 2
+    assert len(list(loader)) == len(loader)
+    workers = {path.name.split("-")[-1] for path in tmp_path.glob("epoch-*")}
+    assert len(workers) == 1  # none was begun anew
 
 
 @pytest.mark.parametrize("ratio", [0, 0.5, 2])
