@@ -144,6 +144,7 @@ class Bench:
     pairs: int
     device: torch.device
     report: Report
+    checkpoint: str = ""  # of the network whose inference is measured; empty: random weights
 
 
 def make_heads(folder, count, shape, spacing):
@@ -462,7 +463,7 @@ def predict_with(model, image, cfg, **substitutes):
 
 def compare_ingredients(bench, model, image, whole, cfg):
     """Add rows of whole-head inference, each with one ingredient off; volumes cropped and not."""
-    what, ours = "1.5 mm, all else as it is, s", partial(predict_with, model, image, cfg)
+    what, ours = "one thing changed, s", partial(predict_with, model, image, cfg)
     sides = {f"cropped to the head, {windows_words(image, cfg)}": ours}
     sides[f"whole volume, {windows_words(whole, cfg)}"] = partial(predict_with, model, whole, cfg)
     compare(bench, what, sides)
@@ -475,13 +476,32 @@ def compare_ingredients(bench, model, image, whole, cfg):
     compare(bench, what, {"Gaussian blending": ours, "equal weights": constant})
 
 
-def compare_inference(bench, spacing):
-    """Add the rows of one spacing of the working grid (mm)."""
-    cfg, found = settings(bench, spacing), {}
+def random_network(bench, spacing):
+    """Return a network of random weights that takes 0.1 % of a head for PVS, Config and head."""
+    cfg = settings(bench, spacing)
     case = prepare_heads(cfg)[-1]
-    entry, whole = train_pvs.load_cached(case), uncropped_entry(case, cfg)
-    logits = train_pvs.predict_logits(build_model_at(cfg, 0), entry["image"], cfg)
-    model = build_model_at(cfg, -float(np.quantile(logits.cpu().numpy(), 0.999)))
+    image = train_pvs.load_cached(case)["image"]
+    logits = train_pvs.predict_logits(build_model_at(cfg, 0), image, cfg)
+    return build_model_at(cfg, -float(np.quantile(logits.cpu().numpy(), 0.999))), cfg, case
+
+
+def trained_network(bench):
+    """Return the network of the checkpoint, its Config and a head that it was not trained on."""
+    content = train_pvs.read_checkpoint(bench.checkpoint)
+    data = {"DATA_DIR": str(bench.data_dir)}
+    cfg = train_pvs.restore_config(content, settings(bench), data)
+    model = train_pvs.build_model(cfg).to(bench.device)
+    train_pvs.load_weights(model, content, bench.checkpoint)
+    known = content["sha256"]["train"].values()
+    unknown = [case for case in prepare_heads(cfg) if case["sha256"] not in known]
+    if not unknown:
+        raise ValueError(f"{bench.checkpoint}: was trained on the first {HEADS} heads")
+    return model, cfg, unknown[-1]
+
+
+def compare_inference(bench, model, cfg, case):
+    """Add the row of a head's inference, with the Dice of what it finds."""
+    entry, whole, found = train_pvs.load_cached(case), uncropped_entry(case, cfg), {}
 
     def ours():
         found["A"] = train_pvs.predict_logits(model, entry["image"], cfg), entry
@@ -489,23 +509,33 @@ def compare_inference(bench, spacing):
     def plain():
         found["B"] = plain_logits(model, whole["image"], cfg), whole
 
-    compare(bench, f"{spacing} mm, whole head, s", {"pipeline": ours, "plain": plain})
+    grid = train_pvs.spacing_words(cfg.PIX_DIM)
+    compare(bench, f"whole head, {grid}, s", {"pipeline": ours, "plain": plain})
     probs = [torch.sigmoid(logits[0]).cpu() for logits, _ in found.values()]
     grids = [grid for _, grid in found.values()]
     masks = [train_pvs.to_native_grid(p, g) > 0.5 for p, g in zip(probs, grids, strict=True)]
-    dice, share = train_pvs.calculate_metrics(*masks)["dice"], 100 * masks[0].float().mean()
-    told = f"native Dice of the two masks {dice:.4f}, {share:.2g} % of the scan is foreground"
-    bench.report.tell(f"{spacing} mm: {told}.")
-    if spacing == 1.5:
+    label = train_pvs.read_again(case)[1]
+    dices = [train_pvs.calculate_metrics(mask[0], label)["dice"] for mask in masks]
+    told = f"{grid}: the pipeline's mask has native Dice"
+    if bench.checkpoint:
+        bench.report.tell(f"{told} {dices[0]:.4f}, the plain one {dices[1]:.4f}.")
+    else:
+        between, share = train_pvs.calculate_metrics(*masks)["dice"], masks[0].float().mean()
+        told += f" {between:.4f} with the plain one; it has {100 * share:.2g} % of the scan."
+        bench.report.tell(told)
+    if cfg.PIX_DIM[0] > HEAD_MM:
         compare_ingredients(bench, model, entry["image"], whole["image"], cfg)
 
 
 def measure_inference(bench):
-    """Measure whole-head inference, patches of 96^3, overlap 0.5."""
-    compare_inference(bench, 1.5)
-    compare_inference(bench, HEAD_MM)
+    """Measure whole-head inference, overlap 0.5, patches of 96^3 or those of --checkpoint."""
+    if bench.checkpoint:
+        compare_inference(bench, *trained_network(bench))
+    else:
+        for spacing in (1.5, HEAD_MM):
+            compare_inference(bench, *random_network(bench, spacing))
+        bench.report.tell("Random weights respond to a window's edges more than trained ones do.")
     bench.report.tell("Plain: whole volume, float32, contiguous, windows of equal weight.")
-    bench.report.tell("Random weights respond to a window's edges more than trained ones do.")
 
 
 # ------------------------------------------------------------------------ Preparation, augmentation
@@ -692,6 +722,7 @@ def build_parser():
     add("--pairs", type=int, default=3, help="pairs of measurements of a row")
     add("--only", nargs="+", choices=SECTIONS, default=[*SECTIONS], metavar="NAME")
     add("--work", metavar="DIR", help="keep heads and caches there; default: a temporary folder")
+    add("--checkpoint", metavar="FILE", help="trained network for `inference`; default: random")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--output", metavar="FILE", default="docs/benchmark.md")
     return parser
@@ -730,7 +761,8 @@ def main(argv=None):
         folder = Path(options.work or temporary)
         name = "heads-" + "-".join(map(str, options.shape))
         heads = options.data_dir or make_heads(folder / name, HEADS, options.shape, HEAD_MM)
-        return run_sections(Bench(folder, heads, options.pairs, device, report), options.only)
+        shared = folder, heads, options.pairs, device, report, options.checkpoint
+        return run_sections(Bench(*shared), options.only)
 
 
 if __name__ == "__main__":

@@ -501,7 +501,7 @@ def test_handlers_of_the_caller_are_his_again(flags, again, plain):
     ("name", "call", "way_on"),
     [
         ("train_pvs.build_cache_entry", 2, ""),
-        ("train_pvs.TrainingPatches.__getitem__", 2, "--resume"),  # of the second epoch
+        ("train_pvs.TrainingPatches.__getitem__", 4, "--resume"),  # of the fourth epoch
     ],
 )
 def test_killed_worker_is_told_with_what_to_lower_and_the_run_goes_on(
