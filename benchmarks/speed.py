@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_pvs
 
 HEADS, HEAD_MM = 4, 0.8  # the last head is for validation
+FIELD = (1, 0.9, 0.8)  # of a scan's sides that the head's box takes; air is behind and below
 SMALL_HEADS, SMALL_SHAPE = 40, (48, 56, 48)  # of 1 mm, where only growth is of interest
 SMALL = {"PIX_DIM": (1, 1, 1), "IMG_PATCH_SIZE": (32, 32, 32), "ENCODER_DEPTH": 3}
 STEP_PATCH = (64, 64, 64)
@@ -147,13 +148,24 @@ class Bench:
     checkpoint: str = ""  # of the network whose inference is measured; empty: random weights
 
 
-def make_heads(folder, count, shape, spacing):
+def simulate_scan(rng, shape, field):
+    """Return a simulated head and its mask (X, Y, Z), in air where `field` leaves room."""
+    inner = [round(part * side) for part, side in zip(field, shape, strict=True)]
+    image, label = train_pvs.simulate_head(rng, tuple(inner))
+    air = rng.rayleigh(image[:4, :4, :4].mean() / math.sqrt(math.pi / 2), shape)
+    place = tuple(slice(side - part, side) for part, side in zip(inner, shape, strict=True))
+    scan, mask = air.astype(image.dtype), np.zeros(shape, label.dtype)
+    scan[place], mask[place] = image, label
+    return scan, mask
+
+
+def make_heads(folder, count, shape, spacing, field=(1, 1, 1)):
     """Write simulated heads as a BIDS data set, unless they are there; return its folder."""
     for number in range(count):
         subject = f"sub-{number + 1:03d}"
         if any(folder.glob(f"derivatives/mask/{subject}/*")):  # the mask is written last
             continue
-        volumes = train_pvs.simulate_head(np.random.default_rng([123, number]), tuple(shape))
+        volumes = simulate_scan(np.random.default_rng([123, number]), tuple(shape), field)
         train_pvs.write_head(folder, subject, volumes, spacing)
         print(f"simulated {subject} of {folder.name}", flush=True)
     return folder
@@ -752,15 +764,18 @@ def main(argv=None):
     keep_pipeline_quiet()
     device = train_pvs.choose_device(replace(train_pvs.Config(), DEVICE=options.device))
     size = " x ".join(map(str, options.shape))
-    scans = f"simulated heads, {size} voxels of {HEAD_MM} mm, which they fill to 90 % or more"
+    box = " x ".join(f"{100 * part:.0f} %" for part in FIELD)
+    scans = f"simulated heads, {size} voxels of {HEAD_MM} mm, the head's box takes {box} of them"
     if options.data_dir:
         scans = f"the first {HEADS} of {Path(options.data_dir).resolve().name}"
     command = f"python benchmarks/speed.py {shlex.join(argv)}".strip()
     report = Report(options.output, header_text(scans, device), command)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.work or temporary)
-        name = "heads-" + "-".join(map(str, options.shape))
-        heads = options.data_dir or make_heads(folder / name, HEADS, options.shape, HEAD_MM)
+        heads = options.data_dir
+        if not heads:
+            folder_of_size = folder / "-".join(map(str, ("heads-in-air", *options.shape)))
+            heads = make_heads(folder_of_size, HEADS, options.shape, HEAD_MM, FIELD)
         shared = folder, heads, options.pairs, device, report, options.checkpoint
         return run_sections(Bench(*shared), options.only)
 
