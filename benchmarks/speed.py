@@ -45,10 +45,12 @@ SMALL_HEADS, SMALL_SHAPE = 40, (48, 56, 48)  # of 1 mm, where only growth is of 
 SMALL = {"PIX_DIM": (1, 1, 1), "IMG_PATCH_SIZE": (32, 32, 32), "ENCODER_DEPTH": 3}
 STEP_PATCH = (64, 64, 64)
 WANTED, WORKERS = 20, 8  # patches a second that loading should give; processes that load
+ARITHMETIC = {"autocast": True, "float32": False}  # and AMP
 NO_GPU = "not run: no GPU here"
 GPU_ROWS = {  # by section, what a machine with a GPU would measure on it
     "epoch": ("an epoch on a GPU, s", ("pipeline", "plain loop")),
     "step": ("a step on a GPU: s, MB", ("autocast, channels-last, fused AdamW", "each one off")),
+    "recipes": ("a step of 8 patches on a GPU: s, MB", ("autocast", "float32")),
     "inference": ("whole head on a GPU, s", ("pipeline", "plain, and each ingredient off")),
 }
 
@@ -303,6 +305,10 @@ class WatchedLoader:
             yield batch
             start = time.perf_counter()
 
+    def rest(self):
+        """End the workers, which would go on with the next epoch while others are measured."""
+        self.loader.batches = self.loader.following = None
+
 
 def timed_epoch(train, validate, device):
     """Return the seconds of an epoch's parts by the names of their rows."""
@@ -332,6 +338,7 @@ def measure_epoch(bench):
         validate = partial(train_pvs.validate, models[0], cases[-1:], cfg, loader.epoch)
         numbers = timed_epoch(train, validate, bench.device)
         shares.append(100 * loader.waited / numbers["training and validation, s"])
+        loader.rest()
         return numbers
 
     def plain():
@@ -346,7 +353,7 @@ def measure_epoch(bench):
     bench.report.tell(
         "Plain loop: MONAI's transforms from the files in every epoch, MetaTensors, float32, "
         "contiguous, the loss read in every step, AdamW not fused; validation by windows of equal "
-        "weight on the uncropped volume. The first epoch of both starts the workers."
+        "weight on the uncropped volume. Its workers stay, the pipeline's are started in every epoch."
     )
 
 
@@ -424,8 +431,15 @@ def measure_recipes(bench):
         "published": {"ENCODER_NAME": train_pvs.Config().ENCODER_NAME, **patch},
         "native": train_pvs.RECIPES["native"] | patch,
     }
-    steps = {name: training_step(bench, patches=1, **flags) for name, flags in full.items()}
-    compare(bench, "training step of one patch, s", steps, warm_up=True)
+    patches = 8 if bench.device.type == "cuda" else 1  # the recipes', or a part of them
+    what, step = f"training step, patches: {patches}, s", partial(training_step, bench)
+    steps = {name: step(patches=patches, **flags) for name, flags in full.items()}
+    compare(bench, what, steps, warm_up=True)
+    if bench.device.type == "cuda":
+        for name, flags in full.items():
+            sides = {f"{name}, {word}": flags | {"AMP": amp} for word, amp in ARITHMETIC.items()}
+            sides = {side: step(patches=patches, **flags) for side, flags in sides.items()}
+            compare(bench, what, sides, warm_up=True)
     volume, windows = torch.rand(1, 96, 96, 96), {}
     for name, flags in full.items():
         cfg = settings(bench, **flags)
