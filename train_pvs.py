@@ -496,8 +496,9 @@ def choose_device(cfg):
 
 
 def worker_count(cfg):
-    """Return NUM_WORKERS, but no more than there are processors for each process."""
-    return min(cfg.NUM_WORKERS, (os.cpu_count() or 1) // process_number("LOCAL_WORLD_SIZE") or 1)
+    """Return NUM_WORKERS, but no more than each process may use processors."""
+    processors = len(os.sched_getaffinity(0))
+    return min(cfg.NUM_WORKERS, processors // process_number("LOCAL_WORLD_SIZE") or 1)
 
 
 def autocast_dtype(device, cfg):
@@ -1617,7 +1618,7 @@ def tell_needs(cases, reports, base, step, cfg):
     sizes = map(size_words, (disk, left, memory, free))
     log.info("%-15s %s of disk (%s free) for the cache, %s of memory (%s free)", when, *sizes)
     if memory - processes * base > free:
-        log.warning("Warning: memory may run out. %s", OUT_OF_MEMORY)
+        log.warning("Warning: memory may run out. First lower --num-workers. %s", OUT_OF_MEMORY)
     if disk > left and reports:
         told = f"{folder}: expected {size_words(disk)} of disk, {size_words(left)} are free"
         raise ValueError(f"{told}; free some, or choose another folder with --cache-dir")
@@ -1753,22 +1754,22 @@ class TrainingPatches(Dataset):
 class EpochSampler(Sampler):
     """Yield batches of (epoch, number), epoch after epoch without end, from `epoch` on.
 
-    Each has every training case once, in an order drawn from SEED and the epoch. Several processes
-    share it out; a few cases come twice where they would not have equally many.
+    An epoch has every training case once, in an order drawn from SEED and the epoch. Several
+    processes share it out; a few cases come twice where they would not have equally many.
     """
 
     def __init__(self, count, cfg):
         self.count, self.seed, self.batch_size, self.epoch = count, cfg.SEED, cfg.BATCH_SIZE, 1
+        self.shared = math.ceil(count / process_number("WORLD_SIZE"))  # cases of this process
 
     def __len__(self):
         """Return the number of batches of one epoch."""
-        return math.ceil(math.ceil(self.count / process_number("WORLD_SIZE")) / self.batch_size)
+        return math.ceil(self.shared / self.batch_size)
 
     def __iter__(self):
-        processes = process_number("WORLD_SIZE")
         for epoch in itertools.count(self.epoch):
             order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-            order = np.resize(order, math.ceil(self.count / processes) * processes)
+            order = np.resize(order, self.shared * process_number("WORLD_SIZE"))
             keys = [(epoch, int(number)) for number in share(order)]
             for start in range(0, len(keys), self.batch_size):
                 yield keys[start : start + self.batch_size]
@@ -1777,17 +1778,19 @@ class EpochSampler(Sampler):
 class TrainLoader(DataLoader):
     """A loader that gives the batches of `epoch`, while its workers go on with the next epoch's.
 
-    So no epoch, and nothing after a validation, waits for its first batch.
+    So only a run's first epoch waits until workers have begun, and validations leave none idle.
     """
 
     epoch, batches, following = 1, None, None
 
     def __iter__(self):
-        if self.epoch != self.following:
-            self.batch_sampler.epoch = self.epoch
+        epoch = self.epoch
+        if epoch != self.following:
+            self.batch_sampler.epoch = epoch
             self.batches = super().__iter__()
-        self.following = self.epoch + 1
-        return itertools.islice(self.batches, len(self))
+        self.following = None  # what is broken off here is begun anew
+        yield from itertools.islice(self.batches, len(self))
+        self.following = epoch + 1
 
 
 def build_train_loader(cases, cfg, device):
@@ -2023,20 +2026,15 @@ def calculate_boundary_metrics(pred, label, spacing):
 # --------------------------------------------------------------------------------------- Inference
 
 
-def memory_format(device, cfg, training):
-    """Return the memory layout of images and features that was measured to be fast.
-
-    On CPUs channels-last is faster but in training in bfloat16, for its depthwise convolutions'
-    backward pass. On an H100 it is slower, for them eleven times.
-    """
-    if device.type != "cpu" or (training and autocast_dtype(device, cfg) != torch.float32):
-        return torch.contiguous_format
-    return torch.channels_last_3d
-
-
 def network_input(image, device, cfg):
-    """Return images (B, 1, H, W, D) on `device`, laid out for what the network does next."""
-    layout = memory_format(device, cfg, training=torch.is_grad_enabled())
+    """Return images (B, 1, H, W, D) on `device`, in the memory layout that was measured to be fast.
+
+    The features follow it. On CPUs channels-last is faster, except in training in bfloat16, for the
+    backward pass of depthwise convolutions. On an H100 it is slower, with efficientnet-b7 4 times
+    in training and 11 times in inference (docs/benchmark_h100.md).
+    """
+    slow = torch.is_grad_enabled() and autocast_dtype(device, cfg) != torch.float32
+    layout = torch.contiguous_format if device.type != "cpu" or slow else torch.channels_last_3d
     # Not `contiguous`, which leaves images of one channel as they are.
     return image.to(device, non_blocking=True, memory_format=layout)
 

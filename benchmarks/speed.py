@@ -3,6 +3,7 @@
     python benchmarks/speed.py                           all sections, on simulated heads
     python benchmarks/speed.py --only step inference     these; the file's other sections stay
     python benchmarks/speed.py --data-dir ds005595-1.0.0 the same on a data set's first scans
+    python benchmarks/speed.py --only inference --checkpoint best_model.pth   of a trained network
 
 A row compares an A with a B, measured in turn: A, B, A, B. The file is written anew with every row,
 so that a run that is interrupted keeps what it has measured.
@@ -45,7 +46,6 @@ SMALL_HEADS, SMALL_SHAPE = 40, (48, 56, 48)  # of 1 mm, where only growth is of 
 SMALL = {"PIX_DIM": (1, 1, 1), "IMG_PATCH_SIZE": (32, 32, 32), "ENCODER_DEPTH": 3}
 STEP_PATCH = (64, 64, 64)
 WANTED, WORKERS = 20, 8  # patches a second that loading should give; processes that load
-ARITHMETIC = {"autocast": True, "float32": False}  # and AMP
 NO_GPU = "not run: no GPU here"
 GPU_ROWS = {  # by section, what a machine with a GPU would measure on it
     "epoch": ("an epoch on a GPU, s", ("pipeline", "plain loop")),
@@ -68,7 +68,7 @@ def number_words(number):
     return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.3g}"
 
 
-def header_text(scans, device):
+def header_text(scans, device, network):
     """Return the head of the report: what all of its numbers depend on."""
     lines, cfg = Path("/proc/cpuinfo").read_text().splitlines(), train_pvs.Config()
     model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
@@ -85,7 +85,7 @@ median of the pairs' ratios, with their range: how many times as long, or as muc
 - Measured on: {device.type}; the pipeline's arithmetic there: {str(here).removeprefix("torch.")}
 - Versions: {versions}
 - Scans: {scans}
-- Network: UNet++ over efficientnet-b0, random weights
+- Network: {network}
 """
 
 
@@ -353,7 +353,7 @@ def measure_epoch(bench):
     bench.report.tell(
         "Plain loop: MONAI's transforms from the files in every epoch, MetaTensors, float32, "
         "contiguous, the loss read in every step, AdamW not fused; validation by windows of equal "
-        "weight on the uncropped volume. Its workers stay, the pipeline's are started in every epoch."
+        "weight on the uncropped volume. Its workers stay; the pipeline's start in every epoch."
     )
 
 
@@ -373,8 +373,11 @@ class OneBatch(list):
     epoch = 1
 
 
-def training_step(bench, network_input=train_pvs.network_input, patches=4, **overrides):
-    """Return a work: a training step with some patches; on a GPU it tells of memory too."""
+def training_step(bench, what, network_input=train_pvs.network_input, patches=4, **overrides):
+    """Return a work: a training step with some patches; on a GPU it tells of memory too.
+
+    That is without the weights and AdamW's states, also of networks that are measured in turn.
+    """
     cfg = settings(bench, **{"IMG_PATCH_SIZE": STEP_PATCH} | overrides)
     model = train_pvs.build_model(cfg).to(bench.device)
     training = train_pvs.build_training(model, cfg)
@@ -388,8 +391,10 @@ def training_step(bench, network_input=train_pvs.network_input, patches=4, **ove
             if bench.device.type != "cuda":
                 return train()
             torch.cuda.reset_peak_memory_stats()
-            numbers = {"training step, s": seconds_of(train, bench.device)}
-        return numbers | {"GPU memory, peak, MB": torch.cuda.max_memory_allocated() / 1e6}
+            before = torch.cuda.memory_allocated()
+            numbers = {what: seconds_of(train, bench.device)}
+        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+        return numbers | {f"{what.removesuffix(', s')}: GPU memory on top, MB": peak}
 
     return step
 
@@ -415,9 +420,10 @@ def compare_autocast(bench, what, ours, float32, warm_up=False):
 def measure_step(bench):
     """Measure a training step of four patches of 64^3, one ingredient at a time."""
     what = "training step, s"
-    compare_autocast(bench, what, training_step(bench), training_step(bench, AMP=False), True)
+    step = partial(training_step, bench, what)
+    compare_autocast(bench, what, step(), step(AMP=False), True)
     steps = {"channels-last": channels_last, "contiguous": contiguous}
-    steps = {name: training_step(bench, layout) for name, layout in steps.items()}
+    steps = {name: step(layout) for name, layout in steps.items()}
     compare(bench, what, steps, warm_up=True)
     kinds = {"AdamW, fused": {"fused": True}, "AdamW, torch's default": {}}
     kinds = {name: optimizer_steps(bench, **kind) for name, kind in kinds.items()}
@@ -431,15 +437,13 @@ def measure_recipes(bench):
         "published": {"ENCODER_NAME": train_pvs.Config().ENCODER_NAME, **patch},
         "native": train_pvs.RECIPES["native"] | patch,
     }
-    patches = 8 if bench.device.type == "cuda" else 1  # the recipes', or a part of them
-    what, step = f"training step, patches: {patches}, s", partial(training_step, bench)
-    steps = {name: step(patches=patches, **flags) for name, flags in full.items()}
-    compare(bench, what, steps, warm_up=True)
-    if bench.device.type == "cuda":
-        for name, flags in full.items():
-            sides = {f"{name}, {word}": flags | {"AMP": amp} for word, amp in ARITHMETIC.items()}
-            sides = {side: step(patches=patches, **flags) for side, flags in sides.items()}
-            compare(bench, what, sides, warm_up=True)
+    on_gpu = bench.device.type == "cuda"
+    what = f"training step of {'8 patches' if on_gpu else 'one patch'}, s"
+    step = partial(training_step, bench, what, patches=8 if on_gpu else 1)
+    compare(bench, what, {name: step(**flags) for name, flags in full.items()}, warm_up=True)
+    for name, flags in full.items() if on_gpu else ():
+        sides = {f"{name}, autocast": step(**flags), f"{name}, float32": step(**flags, AMP=False)}
+        compare(bench, what, sides, warm_up=True)
     volume, windows = torch.rand(1, 96, 96, 96), {}
     for name, flags in full.items():
         cfg = settings(bench, **flags)
@@ -503,7 +507,7 @@ def compare_ingredients(bench, model, image, whole, cfg):
 
 
 def random_network(bench, spacing):
-    """Return a network of random weights that takes 0.1 % of a head for PVS, Config and head."""
+    """Return a network of random weights that finds 0.1 % of a head, its Config and the head."""
     cfg = settings(bench, spacing)
     case = prepare_heads(cfg)[-1]
     image = train_pvs.load_cached(case)["image"]
@@ -512,16 +516,17 @@ def random_network(bench, spacing):
 
 
 def trained_network(bench):
-    """Return the network of the checkpoint, its Config and a head that it was not trained on."""
+    """Return the checkpoint's network, its Config and a head of which its training knew nothing."""
     content = train_pvs.read_checkpoint(bench.checkpoint)
     data = {"DATA_DIR": str(bench.data_dir)}
     cfg = train_pvs.restore_config(content, settings(bench), data)
     model = train_pvs.build_model(cfg).to(bench.device)
     train_pvs.load_weights(model, content, bench.checkpoint)
-    known = content["sha256"]["train"].values()
+    parts = content["sha256"]
+    known = {sha256 for part in {*parts} - {"test"} for sha256 in parts[part].values()}
     unknown = [case for case in prepare_heads(cfg) if case["sha256"] not in known]
     if not unknown:
-        raise ValueError(f"{bench.checkpoint}: was trained on the first {HEADS} heads")
+        raise ValueError(f"{bench.checkpoint}: its training knew the first {HEADS} heads")
     return model, cfg, unknown[-1]
 
 
@@ -542,19 +547,18 @@ def compare_inference(bench, model, cfg, case):
     masks = [train_pvs.to_native_grid(p, g) > 0.5 for p, g in zip(probs, grids, strict=True)]
     label = train_pvs.read_again(case)[1]
     dices = [train_pvs.calculate_metrics(mask[0], label)["dice"] for mask in masks]
-    told = f"{grid}: the pipeline's mask has native Dice"
+    between, share = train_pvs.calculate_metrics(*masks)["dice"], 100 * masks[0].float().mean()
+    told = f"native Dice of the two masks {between:.4f}, {share:.2g} % of the scan is foreground"
     if bench.checkpoint:
-        bench.report.tell(f"{told} {dices[0]:.4f}, the plain one {dices[1]:.4f}.")
-    else:
-        between, share = train_pvs.calculate_metrics(*masks)["dice"], masks[0].float().mean()
-        told += f" {between:.4f} with the plain one; it has {100 * share:.2g} % of the scan."
-        bench.report.tell(told)
+        told = f"native Dice of {case['name']} {dices[0]:.4f}, plain {dices[1]:.4f}"
+    patch = " x ".join(map(str, cfg.IMG_PATCH_SIZE))
+    bench.report.tell(f"{grid}, patches of {patch}, overlap {cfg.SW_OVERLAP}: {told}.")
     if cfg.PIX_DIM[0] > HEAD_MM:
         compare_ingredients(bench, model, entry["image"], whole["image"], cfg)
 
 
 def measure_inference(bench):
-    """Measure whole-head inference, overlap 0.5, patches of 96^3 or those of --checkpoint."""
+    """Measure whole-head inference: logits by sliding windows."""
     if bench.checkpoint:
         compare_inference(bench, *trained_network(bench))
     else:
@@ -562,6 +566,7 @@ def measure_inference(bench):
             compare_inference(bench, *random_network(bench, spacing))
         bench.report.tell("Random weights respond to a window's edges more than trained ones do.")
     bench.report.tell("Plain: whole volume, float32, contiguous, windows of equal weight.")
+    bench.report.tell("Masks are cut at 0.5, without mirrored views, on both sides.")
 
 
 # ------------------------------------------------------------------------ Preparation, augmentation
@@ -774,7 +779,8 @@ def run_sections(bench, names):
 def main(argv=None):
     """Measure what the command line asks for; return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options = parser.parse_args(argv)
     keep_pipeline_quiet()
     device = train_pvs.choose_device(replace(train_pvs.Config(), DEVICE=options.device))
     size = " x ".join(map(str, options.shape))
@@ -783,7 +789,14 @@ def main(argv=None):
     if options.data_dir:
         scans = f"the first {HEADS} of {Path(options.data_dir).resolve().name}"
     command = f"python benchmarks/speed.py {shlex.join(argv)}".strip()
-    report = Report(options.output, header_text(scans, device), command)
+    network = "UNet++ over efficientnet-b0, random weights"
+    if options.checkpoint:
+        try:
+            trained = train_pvs.Config(**train_pvs.read_checkpoint(options.checkpoint)["config"])
+        except ValueError as error:
+            parser.error(error)
+        network = f"{train_pvs.describe_network(trained)} for `inference`, trained; else {network}"
+    report = Report(options.output, header_text(scans, device, network), command)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.work or temporary)
         heads = options.data_dir

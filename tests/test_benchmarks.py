@@ -77,6 +77,50 @@ def test_failed_section_loses_no_other(tmp_path, monkeypatch):
     assert "Ended early: no room" in report.path.read_text()
 
 
+def test_head_lies_in_front_and_above_in_air_without_pvs():
+    shape = (64, 80, 60)
+    scan, mask = speed.simulate_scan(np.random.default_rng(0), shape, (1, 0.9, 0.8))
+    assert scan.shape == mask.shape == shape
+    head = train_pvs.head_mask(torch.from_numpy(scan[None].astype(np.float32)))[0]
+    assert head.any()
+    assert mask.any()
+    assert not head[:, :8].any()
+    assert not head[:, :, :12].any()
+    assert 0 < scan[:, :8].mean() < 0.1 * scan[32, 44, 36]
+
+
+def test_resting_loader_begins_the_next_epoch_anew(data, tiny_config):
+    cfg = tiny_config(DATA_DIR=str(data), NUM_WORKERS=1, BATCH_SIZE=2)
+    cases = train_pvs.prepare_cases(train_pvs.find_cases(cfg), cfg)
+    cpu = torch.device("cpu")
+    loaders = [train_pvs.build_train_loader(cases, cfg, cpu) for _ in range(2)]
+    watched, other = map(speed.WatchedLoader, loaders)
+    for watched.epoch in (1, 2):
+        names = [batch["name"] for batch in watched]
+        workers = watched.loader.batches._workers
+        watched.rest()
+        assert not any(worker.is_alive() for worker in workers)
+    other.epoch = 2
+    assert [batch["name"] for batch in other] == names
+    assert watched.waited > 0
+
+
+def test_inference_of_a_checkpoint_tells_both_dices_of_a_head_unknown_to_it(data, run, tmp_path):
+    assert run()[0] in (0, 1)
+    best = tmp_path / "out" / "checkpoints" / "best_model.pth"
+    (unknown,) = json.loads((tmp_path / "out" / "logs" / "split.json").read_text())["test"]
+    output = tmp_path / "benchmark.md"
+    flags = ["--only", "inference", "--pairs", "1", "--device", "cpu", "--data-dir", str(data)]
+    assert speed.main([*flags, "--checkpoint", str(best), "--output", str(output)]) == 0
+    text = output.read_text()
+    assert "Network: UNet++ with efficientnet-b0 for `inference`, trained" in text
+    dices = rf"native Dice of {unknown} [01]\.\d+, plain [01]\.\d+\."
+    assert re.search(f"patches of 16 x 16 x 16, .*: {dices}", text)
+    assert table_rows(output)[0][0] == "whole head, 1 x 1 x 1 mm, s"
+    with pytest.raises(SystemExit):
+        speed.main([*flags, "--checkpoint", str(tmp_path / "none.pth"), "--output", str(output)])
+
+
 # --------------------------------------------------------------------------------------- Accuracy
 
 

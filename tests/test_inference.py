@@ -44,7 +44,7 @@ def test_prediction_of_a_cached_half_precision_volume_is_float32(tiny_config):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layout_of_the_images_is_that_of_all_features(dtype, training, monkeypatch, tiny_config):
-    """An image of one channel is contiguous and channels-last at once, and must not stay so."""
+    """An image of one channel counts as contiguous and channels-last at once: it must be one."""
     monkeypatch.setattr(train_pvs, "autocast_dtype", lambda *_: dtype)
     conv, cpu = nn.Conv3d(1, 8, 3, padding=1), torch.device("cpu")
     with torch.set_grad_enabled(training):

@@ -276,6 +276,6 @@ def test_too_little_memory_is_a_warning_with_what_to_lower(data, run, monkeypatc
     monkeypatch.setattr(train_pvs, "free_memory", lambda: 1000)
     status, out, _ = run("--check")
     assert status == 0
-    assert "Warning: memory may run out. To need less: --sw-batch-size 1" in out
+    assert "Warning: memory may run out. First lower --num-workers. To need less: --sw-" in out
     monkeypatch.setattr(train_pvs, "free_memory", lambda: 10**12)
     assert "may run out" not in run("--check")[1]

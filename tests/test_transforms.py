@@ -261,6 +261,9 @@ def test_batches_are_the_same_with_and_without_workers(prepared):
 
     one, two = draw(0), draw(2)
     assert [len(batch["name"]) for batch in one] == 4 * [6, 2]  # 3 and 1 volumes of 2 patches
+    for first, again in ((0, 6), (1, 7), (2, 4), (3, 5)):
+        assert torch.equal(one[first]["image"], one[again]["image"])
+    assert not torch.equal(one[0]["image"], one[2]["image"])
     for a, b in zip(one, two, strict=True):
         assert a["name"] == b["name"]
         for key in KEYS:
@@ -293,16 +296,22 @@ def test_worker_goes_on_with_the_next_epoch_while_nobody_waits(prepared, monkeyp
 
     monkeypatch.setattr(train_pvs.TrainingPatches, "__getitem__", get)
     cfg = make(BATCH_SIZE=1, NUM_WORKERS=1)
-    loader, deadline = train_pvs.build_train_loader(cases, cfg, torch.device("cpu")), 60
+    loader = train_pvs.build_train_loader(cases, cfg, torch.device("cpu"))
     assert len(list(loader)) == len(loader) == len(cases)
+    end = time.monotonic() + 60
     while not list(tmp_path.glob("epoch-2-*")):
         time.sleep(0.1)
-        deadline -= 0.1
-        assert deadline > 0
+        assert time.monotonic() < end
     loader.epoch = 2
-    assert len(list(loader)) == len(loader)
+    second = [batch["image"] for batch in loader]
     workers = {path.name.split("-")[-1] for path in tmp_path.glob("epoch-*")}
     assert len(workers) == 1  # none was begun anew
+    loader.epoch = 1
+    next(iter(loader))
+    loader.epoch = 2  # what was broken off has no part in it
+    assert all(
+        torch.equal(batch["image"], image) for batch, image in zip(loader, second, strict=True)
+    )
 
 
 @pytest.mark.parametrize("ratio", [0, 0.5, 2])
