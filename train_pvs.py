@@ -2029,9 +2029,9 @@ def calculate_boundary_metrics(pred, label, spacing):
 def network_input(image, device, cfg):
     """Return images (B, 1, H, W, D) on `device`, in the memory layout that was measured to be fast.
 
-    The features follow it. On CPUs channels-last is faster, except in training in bfloat16, for the
-    backward pass of depthwise convolutions. On an H100 it is slower, with efficientnet-b7 4 times
-    in training and 11 times in inference (docs/benchmark_h100.md).
+    The features follow it. On CPUs channels-last is faster with small networks and no slower with
+    large ones, except in training in bfloat16, for the backward pass of depthwise convolutions. On
+    an H100 it is slower, with efficientnet-b7 4 times in training and 11 times in inference.
     """
     slow = torch.is_grad_enabled() and autocast_dtype(device, cfg) != torch.float32
     layout = torch.contiguous_format if device.type != "cpu" or slow else torch.channels_last_3d
