@@ -364,7 +364,7 @@ def contiguous(image, device, _):
 
 def channels_last(image, device, _):
     """Take the place of `network_input` where all is to be channels-last."""
-    return image.to(device).to(memory_format=torch.channels_last_3d)
+    return image.to(device, memory_format=torch.channels_last_3d)
 
 
 class OneBatch(list):

@@ -89,8 +89,9 @@ def test_head_lies_in_front_and_above_in_air_without_pvs():
     assert 0 < scan[:, :8].mean() < 0.1 * scan[32, 44, 36]
 
 
-def test_resting_loader_begins_the_next_epoch_anew(data, tiny_config):
-    cfg = tiny_config(DATA_DIR=str(data), NUM_WORKERS=1, BATCH_SIZE=2)
+def test_resting_loader_begins_the_next_epoch_anew(data, tiny_config, tmp_path):
+    places = {"DATA_DIR": str(data), "CACHE_DIR": str(tmp_path / "cache")}
+    cfg = tiny_config(**places, NUM_WORKERS=1, BATCH_SIZE=2)
     cases = train_pvs.prepare_cases(train_pvs.find_cases(cfg), cfg)
     cpu = torch.device("cpu")
     loaders = [train_pvs.build_train_loader(cases, cfg, cpu) for _ in range(2)]
