@@ -8,11 +8,11 @@
     python train_pvs.py --predict SCAN   segment new scans, files or BIDS folders
     torchrun --nproc_per_node=4 train_pvs.py   the same on several GPUs
 
-The method is eight functions: build_transforms (a scan to the network's grid), build_train_transforms
-(patches), build_model, loss_function, train_one_epoch, predict_prob (windows), decide (probability to
-mask) and score_case. The file reads in the order of a run, and its settings come first. Two grids
-occur: the *native grid* of a scan file, and the *working grid* (RAS, `PIX_DIM`, cropped to the head)
-on which the network lives. Every score names its grid.
+The method is eight functions: build_transforms (scan to network), build_train_transforms (patches),
+build_model, loss_function, train_one_epoch, predict_prob (windows), decide (probability to mask),
+score_case. The file reads in the order of a run; its settings come first. Two grids occur: the
+*native grid* of a scan file, and the *working grid* (RAS, `PIX_DIM`, cropped to the head) on which
+the network lives. Every score names its grid.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import fcntl
 import functools
 import gzip
 import hashlib
-import http.client
 import importlib.metadata
 import inspect
 import io
@@ -32,11 +31,9 @@ import logging
 import math
 import os
 import pickle
-import platform
 import re
 import shutil
 import signal
-import struct
 import sys
 import threading
 import time
@@ -77,38 +74,37 @@ import matplotlib.pyplot as plt
 
 nib.imageglobals.logger.setLevel(logging.CRITICAL)  # its remarks name no file
 matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
-# Of letters that the font lacks, and of headers that are checked here; MONAI's of its own call.
-warnings.filterwarnings("ignore", "Glyph .* missing|Extension size")
-warnings.filterwarnings("ignore", ".*always_return_as_numpy.*", FutureWarning)
-warnings.filterwarnings("ignore", "Grad strides do not match")  # channels-last costs one copy
+# Letters that the font lacks; headers, which are checked here; MONAI's own call; one copy.
+told = "Glyph .* missing|Extension size|.*always_return_as_numpy|Grad strides do not match"
+warnings.filterwarnings("ignore", told)
 log = logging.getLogger("train_pvs")
 
 # ------------------------------------------------------------------------------------------ Config
-# Edit any value here, or give it as a flag: `BATCH_SIZE` is `--batch-size`. A comment is the flag's
-# help. A group says who may change its settings later; a new setting is one more line in a group.
+# Edit any value here, or give it as a flag: `BATCH_SIZE` is `--batch-size`. Its comment is the help.
+# A group says who may change its settings later; a setting of your own is one more line in one.
 
 
-def settings(group):
-    """Make a group of settings a frozen dataclass, also where a list was written for a tuple."""
-    for name, value in list(vars(group).items()):
-        if name.isupper():
-            group.__annotations__.setdefault(name, object)
-            if value.__hash__ is None:  # a dataclass refuses lists and arrays
-                setattr(group, name, tuple(value))
-    return dataclass(frozen=True)(group)
+class Settings:
+    """A group of settings: a frozen dataclass, also where a list was written for a tuple."""
+
+    def __init_subclass__(cls):
+        for name, value in list(vars(cls).items()):
+            if name.isupper():
+                cls.__annotations__.setdefault(name, object)
+                if value.__hash__ is None:  # a dataclass refuses lists and arrays
+                    setattr(cls, name, tuple(value))
+        dataclass(frozen=True)(cls)
 
 
-@settings
-class Data:
-    """Where the data are; a run may go on, and a network be used, with data elsewhere."""
+class Data(Settings):
+    """Where the data are; they may be elsewhere when a run goes on or a network is used."""
 
     DATA_DIR: str = "/home/ubuntu/FMRI_Perivascular_Space_Dataset/ds005595-1.0.0"  # BIDS folder
     IMAGE_GLOB: str = "sub-*/**/anat/*_T2w.nii*"  # scans in DATA_DIR; ** also finds ses-* folders
     LABEL_GLOB: str = "derivatives/mask/sub-*/**/sub-*_desc-mask_PVS.nii*"  # masks, PVS where > 0
 
 
-@settings
-class Output:
+class Output(Settings):
     """Where files go; always of this command, whatever a checkpoint says."""
 
     OUTPUT_DIR: str = "outputs_3d"  # everything a run writes goes below it
@@ -116,8 +112,7 @@ class Output:
     SAVE_PROBABILITIES: bool = False  # as float32 NIfTI files beside the predicted masks
 
 
-@settings
-class Split:
+class Split(Settings):
     """Which subjects train, validate and test."""
 
     TEST_FRACTION: float = 0.05  # of all subjects, rounded up
@@ -128,8 +123,7 @@ class Split:
     SEED: int = 123  # of split, first weights, crops, augmentation and demo data
 
 
-@settings
-class Grid:
+class Grid(Settings):
     """What the network sees; checkpoints that are used together have it in common."""
 
     PIX_DIM: tuple = (1.5, 1.5, 1.5)  # spacing, mm; 0 0 0: the training scans' own, their median
@@ -138,8 +132,7 @@ class Grid:
     SW_OVERLAP: float = 0.5  # of neighbouring windows, fraction of the patch
 
 
-@settings
-class Network:
+class Network(Settings):
     """The network; weights fit only into the same one."""
 
     ARCHITECTURE: str = "unetplusplus"  # unetplusplus or dynunet, which has no ENCODER_NAME
@@ -148,24 +141,17 @@ class Network:
     DECODER_WIDTH: int = 16  # channels at full resolution, doubled at every halving
 
 
-@settings
-class Start:
-    """The first weights; a run that goes on and a trained network do not read them."""
+class Training(Settings):
+    """What decides what the network becomes; only another training can change it."""
 
     ENCODER_WEIGHTS: str = "imagenet"  # imagenet, none, or a 2D EfficientNet's state dict file
     INIT_FROM: str = ""  # a checkpoint whose weights training starts from; empty: none
     HEAD_BIAS_LOG_ODDS: bool = False  # start at the training masks' log-odds of foreground
-
-
-@settings
-class Training:
-    """What decides what the network becomes."""
-
+    BATCHNORM_MOMENTUM: float = 0.0  # of all BatchNorm layers; 0: the library's (encoder 0.01)
     CROPS_PER_VOLUME: int = 4  # patches from a volume each time it is drawn
     POS_NEG_RATIO: float = 2.0  # patches centred on a PVS voxel for each one centred elsewhere
     BATCH_SIZE: int = 2  # volumes a step, each giving CROPS_PER_VOLUME patches
     ACCUMULATE_STEPS: int = 1  # batches averaged into one optimizer step, for smaller GPUs
-    BATCHNORM_MOMENTUM: float = 0.0  # of all BatchNorm layers; 0: the library's (encoder 0.01)
     LR: float = 1e-3  # AdamW's learning rate
     WEIGHT_DECAY: float = 1e-5  # AdamW's
     GRAD_CLIP: float = 1.0  # largest norm of the gradient
@@ -177,25 +163,23 @@ class Training:
     EMA_DECAY: float = 0.0  # moving average of the weights: the part kept in a step; 0: none
 
 
-@settings
-class Length:
+class Length(Settings):
     """How long to train; --resume may raise it."""
 
     EPOCHS: int = 1000  # at most
     MAX_MINUTES: float = 0.0  # of training; the epoch in hand is finished; 0: no limit
 
 
-@settings
-class Decision:
-    """How probabilities become masks; may differ in each test and prediction."""
+class Decision(Settings):
+    """How a scan becomes a mask; as in the training, unless a flag says otherwise."""
 
     TTA_FLIPS: bool = False  # mean probability of the scan and its seven mirrored views
     THRESHOLD: float = 0.5  # a probability above it is PVS
     SMALLEST_PVS: float = 0.0  # mm3; smaller components are left out
+    AMP: bool = True  # bfloat16 or float16 autocast where the hardware gains from it
 
 
-@settings
-class Machine:
+class Machine(Settings):
     """The computer at hand."""
 
     DEVICE: str = "auto"  # auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...
@@ -203,109 +187,38 @@ class Machine:
     SW_BATCH_SIZE: int = 4  # windows at once
 
 
-@settings
-class Arithmetic:
-    """How the network computes; a network is used as it was trained, unless a flag says so."""
-
-    AMP: bool = True  # bfloat16 or float16 autocast where the hardware gains from it
-
-
-GROUPS = (
-    Data,
-    Output,
-    Split,
-    Grid,
-    Network,
-    Start,
-    Training,
-    Length,
-    Decision,
-    Machine,
-    Arithmetic,
-)
-
-
-@settings
-class Config(*reversed(GROUPS)):  # the fields of the last base come first
-    """All settings."""
-
-
-def names(*groups):
-    """Return the names of the settings of some groups."""
-    return {field.name for group in groups for field in fields(group)}
+class Config(Machine, Decision, Length, Training, Network, Grid, Split, Output, Data, Settings):
+    """All settings; the fields of the last base come first."""
 
 
 # The published values, by which a run tells what was edited above. Leave them as they are.
 PUBLISHED = {
-    **{"DATA_DIR": "/home/ubuntu/FMRI_Perivascular_Space_Dataset/ds005595-1.0.0"},
+    **{"DATA_DIR": "/home/ubuntu/FMRI_Perivascular_Space_Dataset/ds005595-1.0.0", "SPLIT": ""},
     **{"IMAGE_GLOB": "sub-*/**/anat/*_T2w.nii*", "OUTPUT_DIR": "outputs_3d", "CACHE_DIR": ""},
-    **{"LABEL_GLOB": "derivatives/mask/sub-*/**/sub-*_desc-mask_PVS.nii*", "SPLIT": ""},
+    **{"LABEL_GLOB": "derivatives/mask/sub-*/**/sub-*_desc-mask_PVS.nii*", "NUM_WORKERS": 8},
     **{"TEST_FRACTION": 0.05, "VAL_FRACTION": 0.0526, "FOLDS": 0, "FOLD": 0, "SEED": 123},
-    **{"PIX_DIM": (1.5, 1.5, 1.5), "INTENSITY_PERCENTILES": (0.5, 99.5)},
-    **{"IMG_PATCH_SIZE": (96, 96, 96), "SW_OVERLAP": 0.5, "ARCHITECTURE": "unetplusplus"},
-    **{"ENCODER_NAME": "efficientnet-b7", "ENCODER_DEPTH": 5, "DECODER_WIDTH": 16},
-    **{"ENCODER_WEIGHTS": "imagenet", "INIT_FROM": "", "HEAD_BIAS_LOG_ODDS": False},
-    **{"CROPS_PER_VOLUME": 4, "POS_NEG_RATIO": 2.0, "BATCH_SIZE": 2, "ACCUMULATE_STEPS": 1},
-    **{"BATCHNORM_MOMENTUM": 0.0, "LR": 1e-3, "WEIGHT_DECAY": 1e-5, "GRAD_CLIP": 1.0},
-    **{"LR_FACTOR": 0.5, "LR_PATIENCE": 5, "LR_MIN": 1e-6, "VAL_EVERY": 1, "EARLY_STOPPING": 100},
-    **{"EMA_DECAY": 0.0, "EPOCHS": 1000, "MAX_MINUTES": 0.0, "TTA_FLIPS": False, "THRESHOLD": 0.5},
-    **{"SMALLEST_PVS": 0.0, "SAVE_PROBABILITIES": False, "DEVICE": "auto", "AMP": True},
-    **{"NUM_WORKERS": 8, "SW_BATCH_SIZE": 4},
+    **{"PIX_DIM": (1.5, 1.5, 1.5), "INTENSITY_PERCENTILES": (0.5, 99.5), "SW_OVERLAP": 0.5},
+    **{"IMG_PATCH_SIZE": (96, 96, 96), "ARCHITECTURE": "unetplusplus", "DECODER_WIDTH": 16},
+    **{"ENCODER_NAME": "efficientnet-b7", "ENCODER_DEPTH": 5, "ENCODER_WEIGHTS": "imagenet"},
+    **{"INIT_FROM": "", "HEAD_BIAS_LOG_ODDS": False, "BATCHNORM_MOMENTUM": 0.0, "BATCH_SIZE": 2},
+    **{"CROPS_PER_VOLUME": 4, "POS_NEG_RATIO": 2.0, "ACCUMULATE_STEPS": 1, "GRAD_CLIP": 1.0},
+    **{"LR": 1e-3, "WEIGHT_DECAY": 1e-5, "LR_FACTOR": 0.5, "LR_PATIENCE": 5, "LR_MIN": 1e-6},
+    **{"VAL_EVERY": 1, "EARLY_STOPPING": 100, "EMA_DECAY": 0.0, "EPOCHS": 1000, "MAX_MINUTES": 0.0},
+    **{"TTA_FLIPS": False, "THRESHOLD": 0.5, "SMALLEST_PVS": 0.0, "SAVE_PROBABILITIES": False},
+    **{"DEVICE": "auto", "AMP": True, "SW_BATCH_SIZE": 4},
 }
 
-RECIPES = {  # named overrides of Config, chosen with --recipe
-    "published": {},
-    "native": {  # thin PVS: the scans' own grid, and a network that sees it
-        "PIX_DIM": (0.0, 0.0, 0.0),
-        "ARCHITECTURE": "dynunet",
-        "ENCODER_DEPTH": 4,
-        "DECODER_WIDTH": 32,
-        "ENCODER_WEIGHTS": "none",
-        "HEAD_BIAS_LOG_ODDS": True,
-        "VAL_EVERY": 5,
-        "EMA_DECAY": 0.95,
-        "TTA_FLIPS": True,
-    },
-    "demo": {  # minutes on a laptop's CPU; BatchNorm and bias: see docs/settings.md
-        "TEST_FRACTION": 0.25,
-        "VAL_FRACTION": 0.16,
-        "PIX_DIM": (1.0, 1.0, 1.0),
-        "IMG_PATCH_SIZE": (32, 32, 32),
-        "ENCODER_NAME": "efficientnet-b0",
-        "ENCODER_WEIGHTS": "none",
-        "ENCODER_DEPTH": 3,
-        "DECODER_WIDTH": 8,
-        "BATCHNORM_MOMENTUM": 0.1,
-        "HEAD_BIAS_LOG_ODDS": True,
-        "EPOCHS": 18,
-        "BATCH_SIZE": 1,
-        "LR": 5e-3,
-        "LR_PATIENCE": 0,
-        "VAL_EVERY": 2,
-        "SW_OVERLAP": 0.25,
-        "NUM_WORKERS": 0,
-    },
-}
-
-LIMITS = {  # the smallest and the largest value that a number may have
-    (0, 2**32 - 1): "SEED",
-    (0.001, 0.9): "TEST_FRACTION VAL_FRACTION",
-    (0, 20): "PIX_DIM",
-    (0, 100): "INTENSITY_PERCENTILES",
-    (8, 1024): "IMG_PATCH_SIZE",
-    (3, 5): "ENCODER_DEPTH",
-    (1, 1000): "CROPS_PER_VOLUME BATCH_SIZE ACCUMULATE_STEPS SW_BATCH_SIZE DECODER_WIDTH",
-    (1, 10**6): "EPOCHS VAL_EVERY EARLY_STOPPING",
-    (0, 1): "BATCHNORM_MOMENTUM LR_MIN",
-    (1e-9, 10): "LR",
-    (0, 10): "WEIGHT_DECAY",
-    (1e-6, 1e6): "GRAD_CLIP",
-    (0.01, 0.99): "LR_FACTOR",
-    (0, 0.9): "SW_OVERLAP",
-    (0, 10**6): "MAX_MINUTES SMALLEST_PVS",
-    (0, 0.99999): "EMA_DECAY",
-    (0.001, 0.999): "THRESHOLD",
-    (0, 1000): "POS_NEG_RATIO LR_PATIENCE NUM_WORKERS FOLDS FOLD",
+RECIPES = {  # named sets of flags, chosen with --recipe; one of your own is one more line
+    "published": "",
+    # Thin PVS: the scans' own grid, and a network that sees it.
+    "native": "--pix-dim 0 --architecture dynunet --encoder-depth 4 --decoder-width 32 "
+    "--encoder-weights none --head-bias-log-odds --val-every 5 --ema-decay 0.95 --tta-flips",
+    # Minutes on a laptop's CPU. With EfficientNet's BatchNorm momentum of 0.01 the statistics of so
+    # short a run are those of its start; without the bias its Dice stays at 0 for long.
+    "demo": "--test-fraction 0.25 --val-fraction 0.16 --pix-dim 1 --img-patch-size 32 --epochs 18 "
+    "--encoder-name efficientnet-b0 --encoder-weights none --encoder-depth 3 --decoder-width 8 "
+    "--batchnorm-momentum 0.1 --head-bias-log-odds --batch-size 1 --lr 5e-3 --lr-patience 0 "
+    "--val-every 2 --sw-overlap 0.25 --num-workers 0",
 }
 SMALLEST_SIDE, LARGEST_SIDE = 0.1, 20  # mm, of the working grid's voxels
 
@@ -318,6 +231,22 @@ then: python train_pvs.py --data-dir ds005595-1.0.0
 To see the pipeline work without any data: python train_pvs.py --demo"""
 
 
+def names(*groups):
+    """Return the names of the settings of some groups."""
+    return {field.name for group in groups for field in fields(group)}
+
+
+def words(value):
+    """Return a setting as log, help and messages show it."""
+    return (" ".join(map(str, value)) if isinstance(value, tuple) else str(value)) or "nothing"
+
+
+def require(good, message, kind=ValueError):
+    """Raise an error with the message unless all is good."""
+    if not good:
+        raise kind(message)
+
+
 def build_parser():
     """Return the command line: a flag for each command, and one for each field of `Config`."""
     parser = argparse.ArgumentParser(
@@ -325,41 +254,33 @@ def build_parser():
         epilog="Exit status: 0 done, 1 failed or learned nothing, 2 wrong input, 130, 143 stopped.",
         allow_abbrev=False,
     )
-    command = parser.add_mutually_exclusive_group()
-    for flag, text in {
-        "--check": "look the data over, print what a run would use, stop",
-        "--resume": "go on after an interruption, to the same weights as without one",
-        "--evaluate": "test and draw again; with another --data-dir, score each scan with a mask",
-    }.items():
-        command.add_argument(flag, action="store_true", help=text)
+    parser.error = lambda message: require(False, f"{message}; see --help")
+    command, recipe = (parser.add_mutually_exclusive_group() for _ in range(2))
+    for group, flag, text in (
+        (command, "--check", "look the data over, print what a run would use, stop"),
+        (command, "--resume", "go on after an interruption, to the same weights as without one"),
+        (command, "--evaluate", "test and draw again; or score other scans, with --data-dir"),
+        (recipe, "--demo", "recipe demo, on simulated heads that it makes itself"),
+        (parser, "--overwrite", "replace the results in the output folder"),
+    ):
+        group.add_argument(flag, action="store_true", help=text)
     text = "segment new scans: files, or BIDS folders; nothing is trained"
     command.add_argument("--predict", nargs="+", metavar="SCAN", help=text)
     text = "weights for --evaluate and --predict, of several the mean probability; default: "
     text += "OUTPUT_DIR/checkpoints/best_model.pth"
     parser.add_argument("--checkpoint", nargs="+", metavar="FILE", help=text)
-    text = "replace the results in the output folder"
-    parser.add_argument("--overwrite", action="store_true", help=text)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--recipe", choices=RECIPES, help="set of settings, default: published")
-    demo = "recipe demo, on simulated heads that it makes itself"
-    which.add_argument("--demo", action="store_true", help=demo)
-    group = parser.add_argument_group("settings, as in Config")
+    recipe.add_argument("--recipe", choices=RECIPES, help="set of settings, default: published")
     comments = dict(re.findall(r"^    ([A-Z]\w+)\b.*?  # (.*)$", Path(__file__).read_text(), re.M))
     for field in fields(Config):
-        text = f"{comments.get(field.name, '')}; default: {words(field.default) or 'empty'}"
+        text = f"{comments.get(field.name, '')}; default: {words(field.default)}"
         kind = {"dest": field.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         model = PUBLISHED.get(field.name, field.default)
         if isinstance(model, bool):
             kind["action"] = argparse.BooleanOptionalAction
         else:
             kind |= {"metavar": "VALUE", "nargs": "+" if isinstance(model, tuple) else None}
-        group.add_argument("--" + field.name.lower().replace("_", "-"), **kind)
+        parser.add_argument("--" + field.name.lower().replace("_", "-"), **kind)
     return parser
-
-
-def words(value):
-    """Return a setting as log, help and messages show it."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def convert(name, value):
@@ -371,67 +292,119 @@ def convert(name, value):
         ValueError: says what was expected.
     """
     model = PUBLISHED.get(name, getattr(Config, name))
-    if isinstance(model, tuple):
-        values = list(value) if isinstance(value, tuple | list | np.ndarray) else [value]
-        values *= 3 if len(values) == 1 and len(model) == 3 else 1
-        if len(values) != len(model):
-            raise ValueError(f"{len(model)} numbers")
-        return tuple(convert_one(one, type(model[0])) for one in values)
-    return convert_one(value, type(model))
+    if not isinstance(model, tuple):
+        return convert_one(value, type(model))
+    values = [*value] if isinstance(value, tuple | list | np.ndarray) else [value]
+    values *= 3 if len(values) == 1 and len(model) == 3 else 1
+    require(len(values) == len(model), f"{len(model)} numbers")
+    return tuple(convert_one(one, type(model[0])) for one in values)
 
 
 def convert_one(value, kind):
     """Return a value as text, True or False, whole or other number; see `convert`."""
-    if kind is bool:
-        if not isinstance(value, bool | np.bool_):
-            raise ValueError("True or False")
-        return bool(value)
-    if kind is str:
-        if not isinstance(value, str | Path | None):
-            raise ValueError("text")
-        return os.path.expanduser("" if value is None else value)
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if kind is int and not number.is_integer():
-        raise ValueError("a whole number")
-    if math.isnan(number):
-        raise ValueError("a number")
-    return kind(number)
+    if kind is str and isinstance(value, str | Path | None):
+        return os.path.expanduser(value or "")
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind in (int, float) and not isinstance(value, bool):
+        with suppress(TypeError, ValueError, OverflowError):
+            if float(value) == kind(float(value)):  # not so for NaN, or 2.5 as a whole number
+                return kind(float(value))
+    expected = {bool: "True or False", str: "text", int: "a whole number", float: "a number"}
+    raise ValueError(expected[kind])
 
 
 def convert_all(settings, problems):
-    """Return the settings, converted; add a sentence to the dict `problems` for each that fails."""
+    """Return settings, converted; for each other add a sentence to `problems`, {field: ..}."""
     converted = {}
     for name, value in settings.items():
         try:
             converted[name] = convert(name, value)
         except ValueError as error:
-            problems[name] = f"{name}: expected {error}, got {words(value) or 'nothing'}"
+            problems[name] = f"{name}: expected {error}, got {words(value)}"
     return converted
+
+
+def list_rules(cfg, starts):
+    """Return (fields, test of a value, what is expected) of all settings that have limits.
+
+    `starts`: whether the files are read from which a training begins.
+    """
+    divisor, side = 2 ** min(max(cfg.ENCODER_DEPTH, 0), 5), (SMALLEST_SIDE, LARGEST_SIDE)
+    lone = set(cfg.IMG_PATCH_SIZE) == {divisor}  # the deepest features are one voxel
+    apart = os.path.realpath(cfg.OUTPUT_DIR) != os.path.realpath(cfg.DATA_DIR)
+    several = "BATCH_SIZE ACCUMULATE_STEPS SW_BATCH_SIZE DECODER_WIDTH EPOCHS VAL_EVERY"
+    amounts = "POS_NEG_RATIO LR_PATIENCE NUM_WORKERS MAX_MINUTES SMALLEST_PVS WEIGHT_DECAY LR_MIN"
+    parts = "TEST_FRACTION VAL_FRACTION LR_FACTOR THRESHOLD"
+    crops = "more than 1 with such small patches (BatchNorm)"
+
+    def is_file(*instead):
+        return lambda value: value in instead or not starts or os.path.isfile(value)
+
+    return (
+        ("DATA_DIR OUTPUT_DIR IMAGE_GLOB LABEL_GLOB", str.strip, "a value"),
+        ("IMAGE_GLOB LABEL_GLOB", lambda v: not os.path.isabs(v), "a pattern below DATA_DIR"),
+        ("OUTPUT_DIR", lambda v: apart, "another folder than DATA_DIR"),
+        ("SPLIT", lambda v: not (v and cfg.FOLDS), "none together with FOLDS"),
+        ("SPLIT", is_file(""), "a JSON file that exists"),
+        ("ENCODER_WEIGHTS", is_file("imagenet", "none"), "imagenet, none or a file that exists"),
+        ("INIT_FROM", is_file(""), "a checkpoint that exists"),
+        ("ARCHITECTURE", NETWORKS.__contains__, " or ".join(NETWORKS)),
+        ("ENCODER_NAME", re.compile("efficientnet-b[0-7]").fullmatch, "efficientnet-b0 to -b7"),
+        ("ENCODER_DEPTH", (3, 4, 5).__contains__, "3, 4 or 5"),
+        ("DEVICE", device_works, "auto, cpu, or cuda (cuda:1, ..) where there is one"),
+        ("SEED", lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295"),
+        (several, lambda v: 1 <= v <= 1e6, "a number from 1 to 1000000"),
+        ("EARLY_STOPPING CROPS_PER_VOLUME", lambda v: 1 <= v <= 1e6, "a number from 1 to 1000000"),
+        ("LR GRAD_CLIP", lambda v: 0 < v <= 1e6, "a number above 0"),
+        (amounts, lambda v: 0 <= v <= 1e6, "a number from 0 to 1000000"),
+        (parts, lambda v: 0 < v < 1, "a number above 0 and below 1"),
+        ("EMA_DECAY BATCHNORM_MOMENTUM", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+        ("SW_OVERLAP", lambda v: 0 <= v <= 0.9, "a number from 0 to 0.9"),
+        ("FOLDS", lambda v: v == 0 or 2 <= v <= 1000, "2 or more, or 0"),
+        ("FOLD", range(min(cfg.FOLDS, 1), cfg.FOLDS + 1).__contains__, "a number from 1 to FOLDS"),
+        ("PIX_DIM", lambda v: not any(v) or v == tuple(np.clip(v, *side)), "0.1 to 20, or 0 0 0"),
+        ("INTENSITY_PERCENTILES", lambda v: 0 <= v[0] < v[1] <= 100, "two rising numbers to 100"),
+        ("IMG_PATCH_SIZE", lambda v: not np.mod(v, divisor).any(), f"multiples of {divisor}"),
+        ("IMG_PATCH_SIZE", lambda v: min(v) >= 8 and max(v) <= 1024, "numbers from 8 to 1024"),
+        ("IMG_PATCH_SIZE", lambda v: not lone or cfg.ARCHITECTURE != "dynunet", "more for dynunet"),
+        ("CROPS_PER_VOLUME", lambda v: v > 1 or not lone, crops),
+    )
+
+
+def check_config(cfg, problems, starts=True):
+    """Add a sentence to `problems`, {field: sentence}, for each wrong setting that is not there."""
+    for limited, good, expected in list_rules(cfg, starts):
+        for name in limited.split():
+            value = getattr(cfg, name)
+            if name not in problems and not good(value):
+                problems[name] = f"{name}: expected {expected}, got {words(value)}"
+
+
+def raise_wrong_settings(problems):
+    """Raise one ValueError that lists all sentences about settings; none, no error."""
+    lines = "\n  ".join(["wrong settings:", *problems])
+    require(not problems, lines)
 
 
 def parse_command_line(argv):
     """Return (Config, options); a flag wins over the recipe, the recipe over Config in this file.
 
-    options.edited and options.given: the settings that were edited in the file, or given as flags.
+    options.given, .of_recipe, .edited: the settings of flags, recipe, and the file where edited.
 
     Raises:
         ValueError: lists every wrong setting by the name of its field.
     """
     parser, problems = build_parser(), {}
-    parser.error = functools.partial(raise_value_error, "%s; see --help")
     options = parser.parse_args(argv)
-    recipe = "demo" if options.demo else options.recipe
-    options.recipe_settings = dict(RECIPES[recipe or "published"])
-    options.recipe = recipe or "published"
-    given = {name: value for name, value in vars(options).items() if name.isupper()}
-    defaults = {field.name: field.default for field in fields(Config)}
-    merged = convert_all(defaults | options.recipe_settings | given, problems)
-    options.given = {name: value for name, value in merged.items() if name in given}
-    edited = convert_all({k: v for k, v in defaults.items() if k in PUBLISHED}, {})
-    options.edited = {name: value for name, value in edited.items() if value != PUBLISHED[name]}
+    options.recipe = "demo" if options.demo else options.recipe or "published"
+    of_recipe = parser.parse_args(RECIPES[options.recipe].split())
+    of_recipe, given = (
+        convert_all({k: v for k, v in vars(o).items() if k.isupper()}, problems)
+        for o in (of_recipe, options)
+    )
+    in_file = convert_all({field.name: field.default for field in fields(Config)}, problems)
+    edited = {k: v for k, v in in_file.items() if v != PUBLISHED.get(k, v)}
     trained = options.evaluate or options.predict
     if options.checkpoint and not trained:
         problems["checkpoint"] = "--checkpoint: expected together with --evaluate or --predict"
@@ -440,83 +413,16 @@ def parse_command_line(argv):
     if options.demo:
         if "DATA_DIR" in given:
             problems["demo"] = "DATA_DIR: --demo makes its data; for your own use --recipe demo"
-        out = options.given.get("OUTPUT_DIR", "outputs_3d_demo")
-        options.given |= {"OUTPUT_DIR": out, "DATA_DIR": str(Path(out) / "data")}
-        merged |= options.given
-    cfg = replace(Config(**{name: PUBLISHED.get(name) for name in defaults}), **merged)
+        given.setdefault("OUTPUT_DIR", "outputs_3d_demo")
+        given["DATA_DIR"] = str(Path(given["OUTPUT_DIR"]) / "data")
+    cfg = replace(Config(**PUBLISHED), **in_file | of_recipe | given)
     if not (options.resume or trained):  # else the checkpoint's settings are checked
         check_config(cfg, problems)
     raise_wrong_settings(problems.values())
+    options.given, options.of_recipe, options.edited = given, of_recipe, edited
     if cfg.FOLD and not trained:
         cfg = replace(cfg, OUTPUT_DIR=str(Path(cfg.OUTPUT_DIR, f"fold-{cfg.FOLD}")))
     return cfg, options
-
-
-def raise_value_error(text, *values):
-    """Raise a ValueError with the text, filled."""
-    raise ValueError(text % values)
-
-
-def raise_wrong_settings(problems):
-    """Raise one ValueError that lists all sentences about settings; none, no error."""
-    if problems:
-        raise ValueError("wrong settings:\n  " + "\n  ".join(problems))
-
-
-def check_config(cfg, problems, starts=True):
-    """Add a sentence to `problems`, {field: sentence}, for each wrong setting that is not there.
-
-    `starts`: whether the files are read from which a training begins.
-    """
-
-    def expect(name, good, expected):
-        if not good and name not in problems:
-            got = words(getattr(cfg, name)) or "nothing"
-            problems[name] = f"{name}: expected {expected}, got {got}"
-
-    for (low, high), limited in LIMITS.items():
-        for name in limited.split():
-            value = getattr(cfg, name)
-            good = all(low <= n <= high for n in (value if isinstance(value, tuple) else [value]))
-            whole = "whole numbers" if isinstance(np.ravel(value)[0], np.integer) else "numbers"
-            expect(name, good, f"{whole} from {low} to {high}")
-    for name in ("DATA_DIR", "OUTPUT_DIR", "IMAGE_GLOB", "LABEL_GLOB", "DEVICE"):
-        expect(name, getattr(cfg, name).strip(), "a value")
-    for name in ("IMAGE_GLOB", "LABEL_GLOB"):
-        expect(name, not os.path.isabs(getattr(cfg, name)), "a pattern below DATA_DIR")
-    apart = os.path.realpath(cfg.OUTPUT_DIR) != os.path.realpath(cfg.DATA_DIR)
-    expect("OUTPUT_DIR", apart, "another folder than DATA_DIR")
-    expect("SPLIT", not (cfg.SPLIT and cfg.FOLDS), "none together with FOLDS")
-    if starts:
-        expect("SPLIT", not cfg.SPLIT or os.path.isfile(cfg.SPLIT), "a JSON file that exists")
-        known = cfg.ENCODER_WEIGHTS in ("imagenet", "none") or os.path.isfile(cfg.ENCODER_WEIGHTS)
-        expect("ENCODER_WEIGHTS", known, "imagenet, none or a file that exists")
-        found = not cfg.INIT_FROM or os.path.isfile(cfg.INIT_FROM)
-        expect("INIT_FROM", found, "a checkpoint that exists")
-    known = re.fullmatch("efficientnet-b[0-7]", cfg.ENCODER_NAME)
-    expect("ENCODER_NAME", known, "efficientnet-b0 to efficientnet-b7")
-    expect("ARCHITECTURE", cfg.ARCHITECTURE in NETWORKS, " or ".join(NETWORKS))
-    expect("DEVICE", device_works(cfg.DEVICE), "auto, cpu, or cuda (cuda:1, ..) where there is one")
-    check_combinations(cfg, expect)
-
-
-def check_combinations(cfg, expect):
-    """Call `expect` with the numbers that depend on others."""
-    expect("FOLDS", cfg.FOLDS != 1, "2 or more, or 0")
-    good = 1 <= cfg.FOLD <= cfg.FOLDS if cfg.FOLDS else cfg.FOLD == 0
-    expect("FOLD", good, "a number from 1 to FOLDS, which may be 0 for none")
-    good = not any(cfg.PIX_DIM) or min(cfg.PIX_DIM) >= SMALLEST_SIDE
-    expect("PIX_DIM", good, f"numbers from {SMALLEST_SIDE}, or 0 0 0")
-    low, high = cfg.INTENSITY_PERCENTILES
-    expect("INTENSITY_PERCENTILES", low < high, "a smaller and a larger number")
-    divisor = 2 ** min(cfg.ENCODER_DEPTH, 5)
-    multiple = all(side % divisor == 0 for side in cfg.IMG_PATCH_SIZE)
-    expect("IMG_PATCH_SIZE", multiple, f"multiples of {divisor} (2**ENCODER_DEPTH)")
-    lone = set(cfg.IMG_PATCH_SIZE) == {divisor}  # the deepest features are one voxel
-    several = cfg.CROPS_PER_VOLUME > 1 or not lone
-    expect("CROPS_PER_VOLUME", several, "more than 1 with such small patches (BatchNorm)")
-    larger = cfg.ARCHITECTURE != "dynunet" or not lone
-    expect("IMG_PATCH_SIZE", larger, f"more than {divisor} for dynunet (its norm)")
 
 
 # --------------------------------------------------------------------------------------- Processes
@@ -524,8 +430,7 @@ def check_combinations(cfg, expect):
 
 def process_number(name):
     """Return RANK, WORLD_SIZE or their LOCAL_ ones (of this computer) as torchrun gives them."""
-    alone = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
-    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone[name]
+    return int(os.environ.get(name, 0)) if "TORCHELASTIC_RUN_ID" in os.environ else "SIZE" in name
 
 
 def first_process():
@@ -542,9 +447,9 @@ def joined_processes(cfg):
     backends = "gloo"
     if choose_device(cfg).type == "cuda":
         count = torch.cuda.device_count()
-        if process_number("LOCAL_WORLD_SIZE") > count or cfg.DEVICE not in ("auto", "cuda"):
-            told = f"expected auto or cuda, and at most {count} processes, one a GPU"
-            raise ValueError(f"DEVICE: {told}, with torchrun")
+        good = process_number("LOCAL_WORLD_SIZE") <= count and cfg.DEVICE in ("auto", "cuda")
+        told = f"expected auto or cuda, and at most {count} processes, one a GPU"
+        require(good, f"DEVICE: {told}, with torchrun")
         torch.cuda.set_device(process_number("LOCAL_RANK"))
         backends = "cpu:gloo,cuda:nccl"
     # Long, since a process may prepare its scans for hours; one that ends is noticed at once.
@@ -564,8 +469,7 @@ def gather(part):
         return part
     parts = [None] * process_number("WORLD_SIZE")
     dist.all_gather_object(parts, part)
-    longest = range(max(map(len, parts)))
-    return [part[i] for i in longest for part in parts if i < len(part)]
+    return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
 
 
 def wait_for_all():
@@ -574,22 +478,10 @@ def wait_for_all():
         dist.barrier()
 
 
-@contextmanager
-def first_process_first():
-    """Run the block in the first process, then in the others."""
-    if not first_process():
-        wait_for_all()
-    yield
-    if first_process():
-        wait_for_all()
-
-
 def device_works(name):
     """Return whether DEVICE names a device of this machine; nothing is put on it."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        return False
-    number = int(name.removeprefix("cuda:")) if ":" in name else 0
-    return not name.startswith("cuda") or number < torch.cuda.device_count()
+    number = re.fullmatch(r"cuda:?(\d*)", name)
+    return int(number[1] or 0) < torch.cuda.device_count() if number else name in ("auto", "cpu")
 
 
 def choose_device(cfg):
@@ -605,6 +497,16 @@ def worker_count(cfg):
     return min(cfg.NUM_WORKERS, processors // process_number("LOCAL_WORLD_SIZE") or 1)
 
 
+def has_level_of_side_2(cfg):
+    """Return whether a 3 x 3 x 3 convolution of the network meets features whose first side is 2.
+
+    On CPUs with AVX512_BF16 torch 2.14.1 then gives bfloat16 weight gradients that are noise,
+    another at each call and without an error; sides of 1, 3 and more are right.
+    """
+    levels = cfg.ENCODER_DEPTH + (cfg.ARCHITECTURE == "dynunet")  # UNet++'s deepest has none
+    return cfg.IMG_PATCH_SIZE[0] in [2 ** (level + 1) for level in range(levels)]
+
+
 def autocast_dtype(device, cfg):
     """Return the number format of the network's arithmetic; float32 means no autocast."""
     if device.type == "cuda" and cfg.AMP:
@@ -612,18 +514,8 @@ def autocast_dtype(device, cfg):
         return torch.bfloat16 if native else torch.float16
     # A CPU without such instructions emulates bfloat16, over ten times slower than float32.
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    trusted = cfg.AMP and native and not has_level_of_side_2(cfg)
-    return torch.bfloat16 if device.type == "cpu" and trusted else torch.float32
-
-
-def has_level_of_side_2(cfg):
-    """Return whether a 3 x 3 x 3 convolution of the network meets features whose first side is 2.
-
-    On CPUs with AVX512_BF16 torch 2.14.1 then gives bfloat16 weight gradients that are noise, another
-    at each call and without an error; sides of 1, 3 and more are right.
-    """
-    halvings = cfg.ENCODER_DEPTH + (cfg.ARCHITECTURE == "dynunet")  # UNet++'s last has none
-    return cfg.IMG_PATCH_SIZE[0] in [2 ** (level + 1) for level in range(halvings)]
+    trusted = cfg.AMP and native and device.type == "cpu" and not has_level_of_side_2(cfg)
+    return torch.bfloat16 if trusted else torch.float32
 
 
 def autocast(device, cfg):
@@ -632,24 +524,19 @@ def autocast(device, cfg):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def describe_arithmetic(cfg):
-    """Return the number format in words, with the reason where AMP is passed over."""
-    device = choose_device(cfg)
-    name = str(autocast_dtype(device, cfg)).removeprefix("torch.")
-    passed = device.type == "cpu" and cfg.AMP and has_level_of_side_2(cfg)
-    return name + (", since bfloat16 fails on a CPU with such small patches" if passed else "")
-
-
 stop_signals = []  # that were received; the loops of `Progress` look here
 
 
 @contextmanager
 def stopping_on_signals():
-    """Let SIGINT and SIGTERM raise KeyboardInterrupt, after the step in hand; a second ends at once.
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt after the step in hand, a second end at once.
 
-    Python may lose the exception in a destructor: `Progress` raises it again. In a thread that is
-    not the main one signals are the caller's.
+    In a thread that is not the main one signals are the caller's.
     """
+    stop_signals.clear()
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     run = os.getpid()
 
     def stop(number, _):
@@ -658,10 +545,6 @@ def stopping_on_signals():
         stop_signals.append(number)
         raise KeyboardInterrupt
 
-    stop_signals.clear()
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -725,9 +608,14 @@ def free_disk(path):
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
-def json_text(content):
-    """Return JSON; a NaN, for which JSON has no word, is an error here and not the reader's."""
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+def write_json(path, content):
+    """Write a JSON file; a NaN, for which JSON has no word, is an error here."""
+    write_file(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path):
+    """Return the content of a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def write_csv(path, rows):
@@ -747,37 +635,34 @@ def write_torch(path, content):
 
 
 class Run:
-    """The output folder of a run: where its files lie, its lock and its log.
+    """The output folder of a run: where its files lie, its lock and its log."""
 
-    The first process alone writes what is the run's and not a case's.
-    """
+    FILES = {  # in the order in which --overwrite gives them up
+        "last": "checkpoints/last.pth",
+        "best": "checkpoints/best_model.pth",
+        "history": "logs/training_history.json",
+        "split": "logs/split.json",
+        "scores": "logs/comprehensive_test_metrics.json",
+        "table": "logs/test_metrics.csv",
+        "burden": "logs/participants_pvs.csv",
+        "overview": "test_set_visualization_grid_300dpi.jpg",
+        "agreement": "agreement.jpg",
+        "curves": "training_curves.jpg",
+    }
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.logs, self.predictions = self.folder / "logs", self.folder / "predictions"
-        self.best = self.folder / "checkpoints" / "best_model.pth"
-        self.last = self.folder / "checkpoints" / "last.pth"
-        self.history, self.split = self.logs / "training_history.json", self.logs / "split.json"
-        self.scores = self.logs / "comprehensive_test_metrics.json"
-        self.table, self.burden = self.logs / "test_metrics.csv", self.logs / "participants_pvs.csv"
-        self.overview = self.folder / "test_set_visualization_grid_300dpi.jpg"
-        self.agreement, self.curves = (
-            self.folder / "agreement.jpg",
-            self.folder / "training_curves.jpg",
-        )
-        self.planes = self.folder / "multi_plane"
+        for name, path in self.FILES.items():
+            setattr(self, name, self.folder / path)
 
     def results(self):
-        """Return the results that are there, in the order in which --overwrite gives them up."""
-        files = [self.last, self.best, self.history, self.split, self.scores, self.table]
-        files += [self.burden, self.overview, self.agreement, self.curves]
-        masks = self.predictions.glob("sub-*/**/*_label-PVS_desc-*.nii.gz")
-        return [f for f in files if f.exists()] + [*self.planes.glob("sub-*.png"), *masks]
+        """Return the files of a former run that are there."""
+        patterns = ("multi_plane/sub-*.png", "predictions/sub-*/**/*_label-PVS_desc-*.nii.gz")
+        return [f for p in (*self.FILES.values(), *patterns) for f in self.folder.glob(p)]
 
     def open(self, name, replaceable, anew=False):
-        """Make and lock the folder, and keep the messages in `logs/<name>.log` from here on.
-
-        `anew`: begin that log anew, as --overwrite does.
+        """Lock the folder and keep the messages in `logs/<name>.log`; `anew`: remove the results.
 
         Raises:
             ValueError: it holds results that nothing says may be replaced; another run works there.
@@ -785,24 +670,22 @@ class Run:
         if not first_process():
             return
         found = self.results()
-        if found and not replaceable:
-            raise ValueError(
-                f"{found[0]}: there are results in the output folder already.\n"
-                "Choose another with --output-dir, replace them with --overwrite, or go on with a "
-                "training run with --resume."
-            )
+        require(
+            replaceable or not found,
+            f"{found[:1]}: there are results in the output folder already.\nChoose another with "
+            "--output-dir, replace them with --overwrite, or go on with a training run with --resume.",
+        )
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.logs / ".lock", "a")  # noqa: SIM115, held until the run ends
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers
-            file = LogFile(self.logs / f"{name}.log", "w" if anew else "a", encoding="utf-8")
-            file.lock_file = self.lock
-            log.addHandler(file)
+            self.lock = open(self.logs / ".lock", "a")  # noqa: SIM115, held as long as the run
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
+            file = logging.FileHandler(self.logs / f"{name}.log", "w" if anew else "a", "utf-8")
         except BlockingIOError:
             told = "another run is using this folder; wait, or choose another with --output-dir"
             raise ValueError(f"{self.folder}: {told}") from None
         except OSError as error:
             raise ValueError(f"OUTPUT_DIR: expected a folder to write to ({error})") from None
+        log.addHandler(file)
         for left in self.folder.rglob(".writing-*"):  # by runs that were killed
             if left.parent.name != "cache":  # where others may be writing
                 left.unlink(missing_ok=True)
@@ -814,28 +697,6 @@ class Run:
             with suppress(OSError):  # not empty
                 os.removedirs(path.parent)
 
-    def write_json(self, path, content):
-        """Write a JSON file in the first process."""
-        if first_process():
-            write_file(path, json_text(content))
-
-
-class LogFile(logging.FileHandler):
-    """The log file of a run, with the folder's lock, which it gives free in the end."""
-
-    def handleError(self, record):
-        """End the run where the log cannot be written, unless it tells of a failure already."""
-        self.setLevel(logging.CRITICAL + 1)  # it takes no more messages
-        error = sys.exc_info()[1]
-        if error.__context__ is None:
-            raise OSError(f"{self.baseFilename}: cannot be written ({explain(error)})") from None
-
-    def close(self):
-        """Close the file and give the folder free."""
-        with suppress(OSError):  # told by handleError
-            super().close()
-        self.lock_file.close()
-
 
 class Screen(logging.Handler):
     """Show messages on stdout, errors on stderr, above a progress bar where there is one."""
@@ -843,9 +704,8 @@ class Screen(logging.Handler):
     def emit(self, record):
         """Print a message; a screen that is gone ends no run."""
         stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
-        show = tqdm.write if sys.stderr.isatty() else print
         with suppress(OSError, ValueError):
-            show(self.format(record), file=stream)
+            (tqdm.write if sys.stderr.isatty() else print)(self.format(record), file=stream)
             stream.flush()
 
 
@@ -895,11 +755,17 @@ BOTH = ("image", "label")  # the volumes of a case
 NIFTI = (".nii", ".nii.gz")
 VOXEL_SIDES, FARTHEST = (0.05, 20), 10_000  # mm
 LARGEST_VOLUME = 2**29  # voxels, 800 along each axis: what claims more is no scan of a head
+READ_ERRORS = (  # of nibabel, gzip and torch.load on damaged files
+    *(OSError, EOFError, ValueError, TypeError, OverflowError, LookupError, AttributeError),
+    *(RuntimeError, MemoryError, zlib.error, pickle.UnpicklingError, zipfile.BadZipFile),
+    *(nib.spatialimages.HeaderDataError, nib.filebasedimages.ImageFileError),
+    nib.wrapstruct.WrapStructError,
+)
 
 
 @dataclass
 class Case:
-    """A scan with its mask; `prepare` adds what is below `cache`."""
+    """A scan with its mask; `prepare` adds what is below `label`."""
 
     subject: str  # sub-001
     name: str  # sub-001_ses-1: all entities but desc and label
@@ -924,8 +790,7 @@ def bids_entities(path):
 def make_case(image, label=""):
     """Return the Case of a scan; without `sub-` the file name's letters and digits make one."""
     found = bids_entities(image)
-    if "sub" not in found:
-        found = {"sub": Path(image).name.split(".nii")[0]}
+    found = found if "sub" in found else {"sub": Path(image).name.split(".nii")[0]}
     order = sorted(found, key=lambda key: (key != "sub", key != "ses"))  # the others stay
     kept = [key for key in order if key.isalnum() and key not in ("desc", "label")]
     texts = {key: re.sub("[^0-9A-Za-z]", "", found[key]) for key in kept}
@@ -935,10 +800,9 @@ def make_case(image, label=""):
 
 def raise_problems(problems, remedy):
     """Raise one ValueError that lists all problems and ends with what to do; none, no error."""
-    if problems:
-        title = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the data:"
-        lines = "\n  ".join([title, *problems])
-        raise ValueError(f"{lines}\n{remedy} Nothing was done.")
+    title = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the data:"
+    lines = "\n  ".join([title, *problems])
+    require(not problems, f"{lines}\n{remedy} Nothing was done.")
 
 
 def find_files(folder, pattern):
@@ -962,18 +826,17 @@ def find_cases(cfg):
     """
     images = find_files(cfg.DATA_DIR, cfg.IMAGE_GLOB)
     labels = find_files(cfg.DATA_DIR, cfg.LABEL_GLOB)
-    if not images or not labels:
-        found = f"{len(images)} scans {cfg.IMAGE_GLOB}, {len(labels)} masks {cfg.LABEL_GLOB}"
-        expected = f"{cfg.DATA_DIR}: expected scans and masks, found {found}"
-        raise FileNotFoundError(f"{expected}\n{HOW_TO_GET_DATA}")
-    remedy = "Remove or rename files, or narrow IMAGE_GLOB and LABEL_GLOB."
-    nameless = [path for path in images + labels if "sub" not in bids_entities(path)]
-    raise_problems([f"{path}: expected a name with sub-" for path in nameless], remedy)
+    found = f"{len(images)} scans {cfg.IMAGE_GLOB}, {len(labels)} masks {cfg.LABEL_GLOB}"
+    told = f"{cfg.DATA_DIR}: expected scans and masks, found {found}\n{HOW_TO_GET_DATA}"
+    require(images and labels, told, FileNotFoundError)
     problems, masks_of = [], {image: [] for image in images}
-    entities = {image: bids_entities(image).items() for image in images}
-    for label in labels:
-        wanted = {k: v for k, v in bids_entities(label).items() if k not in ("desc", "label")}
-        fitting = [image for image in images if wanted.items() <= entities[image]]
+    entities = {path: bids_entities(path) for path in images + labels}
+    problems += [
+        f"{path}: expected a name with sub-" for path in entities if "sub" not in entities[path]
+    ]
+    for label in [] if problems else labels:
+        wanted = {k: v for k, v in entities[label].items() if k not in ("desc", "label")}.items()
+        fitting = [image for image in images if wanted <= entities[image].items()]
         if len(fitting) == 1:
             masks_of[fitting[0]].append(label)
         else:
@@ -983,24 +846,25 @@ def find_cases(cfg):
         if len(masks) > 1:
             found = " and ".join(map(str, masks))
             problems.append(f"{image}: expected one mask for this scan, found {found}")
-        if not masks:
+        if not masks and not problems:
             log.warning("Warning: left out, no mask: %s", image)
     cases = [make_case(image, masks[0]) for image, masks in masks_of.items() if masks]
+    remedy = "Remove or rename files, or narrow IMAGE_GLOB and LABEL_GLOB."
     raise_problems(problems + list_clashes(cases), remedy)
     return cases
 
 
 def list_clashes(cases):
     """Return a sentence for each case without a name, or with that of another."""
-    problems, first = [], {}
+    first = {}
     for case in cases:
-        other = first.setdefault(case.name, case)
-        if case.subject == "sub-":
-            problems.append(f"{case.image}: expected letters or digits in the name")
-        elif other is not case:
-            clash = f"expected names that differ, both would give {case.name}"
-            problems.append(f"{other.image} and {case.image}: {clash}")
-    return problems
+        first.setdefault(case.name, case)
+    clash = "expected names that differ, both would give"
+    pairs = [(first[case.name], case) for case in cases if first[case.name] is not case]
+    bare = [
+        f"{c.image}: expected letters or digits in the name" for c in cases if c.subject == "sub-"
+    ]
+    return bare or [f"{one.image} and {two.image}: {clash} {two.name}" for one, two in pairs]
 
 
 def find_scans(places, cfg):
@@ -1012,29 +876,18 @@ def find_scans(places, cfg):
     """
     paths, problems = [], []
     for place in places:
-        found = [Path(place)] if place.endswith(NIFTI) and os.path.isfile(place) else []
         if os.path.realpath(place) == os.path.realpath(cfg.OUTPUT_DIR):
             problems.append(f"{place}: expected another folder than OUTPUT_DIR")
-        if os.path.isdir(place):
-            found = find_files(place, cfg.IMAGE_GLOB)
-            if not found:
-                told = f"expected scans {cfg.IMAGE_GLOB} in the folder (--image-glob names others)"
-                problems.append(f"{place}: {told}")
-        elif not found:
-            problems.append(f"{place}: expected a .nii or .nii.gz file, or a BIDS folder")
+        is_scan = place.endswith(NIFTI) and os.path.isfile(place)
+        found = [Path(place)] if is_scan else find_files(place, cfg.IMAGE_GLOB)
+        if not found:
+            told = f"expected a .nii or .nii.gz file, or a folder with scans {cfg.IMAGE_GLOB}"
+            problems.append(f"{place}: {told} (--image-glob names others)")
         paths += found
     cases = [make_case(path) for path in paths]
     remedy = "Give NIfTI files and BIDS folders; scans that would bear one name in separate runs."
     raise_problems(problems + list_clashes(cases), remedy)
     return cases
-
-
-READ_ERRORS = (  # of nibabel, gzip and torch.load on damaged files
-    *(OSError, EOFError, zlib.error, ValueError, TypeError, OverflowError, LookupError),
-    *(nib.spatialimages.HeaderDataError, nib.filebasedimages.ImageFileError),
-    *(nib.wrapstruct.WrapStructError, RuntimeError, AttributeError, MemoryError),
-    *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
-)
 
 
 def explain(error):
@@ -1054,42 +907,32 @@ def read_header(path):
     """
     try:
         volume = nib.load(path)
-        sides = nib.affines.voxel_sizes(volume.affine)
-        upright = abs(
-            np.linalg.det(volume.affine[:3, :3] / np.maximum(sides, 1e-9))
-        )  # 1: right angles
+        kind, affine = volume.get_data_dtype(), volume.affine
+        sides = nib.affines.voxel_sizes(affine)
+        upright = abs(np.linalg.det(affine[:3, :3] / np.maximum(sides, 1e-9)))  # 1: right angles
     except READ_ERRORS as error:
         told = f"expected a NIfTI file, cannot be read ({explain(error)})"
         raise ValueError(f"{path}: {told}") from None
-    shape, kind = (
-        volume.shape[:3] + tuple(n for n in volume.shape[3:] if n != 1),
-        volume.get_data_dtype(),
-    )
-    if len(shape) != 3 or min(shape) < 2:
-        raise ValueError(f"{path}: expected a 3D volume, got shape {volume.shape}")
-    if math.prod(shape) > LARGEST_VOLUME:
-        raise ValueError(f"{path}: expected at most {LARGEST_VOLUME} voxels, got shape {shape}")
-    if kind.kind not in "iuf":
-        raise ValueError(f"{path}: expected voxels that are real numbers, got {kind}")
-    if not (np.isfinite(volume.affine).all() and upright > 0.1):
-        told = f"expected an affine that can be inverted, got {volume.affine.tolist()}"
-        raise ValueError(f"{path}: {told}")
-    low, high = VOXEL_SIDES
-    if min(sides) < low or max(sides) > high or abs(volume.affine[:3, 3]).max() > FARTHEST:
-        told = f"expected voxel sides of {low} to {high} mm, within {FARTHEST} mm of the origin"
-        got = f"{sides.tolist()} at {volume.affine[:3, 3].tolist()}"
-        raise ValueError(f"{path}: {told}, got {got} (another unit?)")
+    shape = volume.shape[:3] + tuple(n for n in volume.shape[3:] if n != 1)
+    solid = len(shape) == 3 and min(shape) > 1
+    require(solid, f"{path}: expected a 3D volume, got shape {volume.shape}")
+    fits = math.prod(shape) <= LARGEST_VOLUME
+    require(fits, f"{path}: expected at most {LARGEST_VOLUME} voxels, got shape {shape}")
+    require(kind.kind in "iuf", f"{path}: expected voxels that are real numbers, got {kind}")
+    good, got = np.isfinite(affine).all() and upright > 0.1, affine.tolist()
+    require(good, f"{path}: expected an affine that can be inverted, got {got}")
+    (low, high), offset = VOXEL_SIDES, affine[:3, 3]
+    told = f"{path}: expected voxel sides of {low} to {high} mm, within {FARTHEST} mm of the origin"
+    near = low <= min(sides) and max(sides) <= high and abs(offset).max() <= FARTHEST
+    require(near, f"{told}, got {sides.tolist()} at {offset.tolist()} (another unit?)")
     return volume, shape
 
 
 def read_volume(path):
-    """Read a NIfTI file to its last byte, its gzip checksum compared.
-
-    Returns:
-        MetaTensor (1, X, Y, Z) float32 on the native grid, with the file's scaling and affine
+    """Return the MetaTensor (1, X, Y, Z) float32 of a NIfTI file, native grid, scaling applied.
 
     Raises:
-        ValueError: cut off, damaged or not finite; names the file.
+        ValueError: cut off, damaged (the gzip checksum is compared) or not finite; names the file.
     """
     header, shape = read_header(path)
     try:  # nibabel alone stops before the checksum
@@ -1101,32 +944,28 @@ def read_volume(path):
         reason = f"cannot be read to its last byte ({explain(error)})"
         raise ValueError(f"{path}: {reason}; expected a whole file, copy it again") from None
     bad = data.size - int(np.isfinite(data).sum())
-    if bad:
-        raise ValueError(f"{path}: expected finite voxels, {bad} are NaN or infinite")
+    require(not bad, f"{path}: expected finite voxels, {bad} are NaN or infinite")
     return MetaTensor(torch.from_numpy(data.reshape(1, *shape)), torch.from_numpy(header.affine))
 
 
 def read_scan(path):
-    """Return the volume of `read_volume`, if it shows a head.
-
-    Neighbours in noise have nothing in common; in scans of heads they are nearly equal.
-    """
+    """Return the volume of `read_volume`, if it shows a head: neighbours in noise differ."""
     image = read_volume(path)
     volume = np.asarray(image)[0]
-    if volume.min() == volume.max():
-        raise ValueError(f"{path}: expected a scan, all voxels are {volume.min():g}")
-    right = volume[1::2, ::2, ::2].ravel().astype(float)
-    left = volume[:-1:2, ::2, ::2].ravel().astype(float)
-    if min(left.std(), right.std()) == 0 or np.corrcoef(left, right)[0, 1] < 0.2:
-        raise ValueError(f"{path}: expected a head, got nothing but noise")
+    constant = volume.min() == volume.max()
+    require(not constant, f"{path}: expected a scan, all voxels are {volume.min():g}")
+    pair = [volume[start : len(volume) // 2 * 2 : 2, ::2, ::2].ravel() for start in (0, 1)]
+    with np.errstate(invalid="ignore"):  # of half a volume that is constant
+        alike = np.corrcoef(np.array(pair, dtype=float))[0, 1] >= 0.2
+    require(alike, f"{path}: expected a head, got nothing but noise")
     return image
 
 
 def read_mask(path):
     """Return the volume of `read_volume`, if it holds whole numbers."""
     label = read_volume(path)
-    if not torch.equal(label, label.round()):
-        raise ValueError(f"{path}: expected whole numbers in a mask, got fractions")
+    whole = torch.equal(label, label.round())
+    require(whole, f"{path}: expected whole numbers in a mask, got fractions")
     return label
 
 
@@ -1146,44 +985,36 @@ def read_pair(case):
             problems.append(str(error))
     if problems:
         raise ValueError(*problems)
-    image, label = volumes.values()
-    shape, label_shape = tuple(image.shape[1:]), tuple(label.shape[1:])
-    if shape != label_shape:
-        raise ValueError(f"{case.label}: expected the scan's shape {shape}, got {label_shape}")
-    affines = image.affine.numpy(), label.affine.numpy()
+    shape, got = (tuple(volume.shape[1:]) for volume in volumes.values())
+    require(shape == got, f"{case.label}: expected the scan's shape {shape}, got {got}")
+    affine, other = (volume.affine.numpy() for volume in volumes.values())
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
-    moved = np.linalg.solve(affines[0], affines[1] @ corners) - corners
+    moved = np.linalg.solve(affine, other @ corners) - corners
     shift = np.linalg.norm(moved[:3], axis=0).max()
     told = f"{case.label}: its affine puts corners {shift:.2f} voxels from the scan's"
-    if shift > 0.5:
-        axes = ["".join(nib.aff2axcodes(affine)) for affine in affines]
-        flipped = f" (axes {axes[1]}, the scan's are {axes[0]})" if axes[0] != axes[1] else ""
-        raise ValueError(f"{told}, expected at most 0.5{flipped}")
-    label.affine = image.affine
+    axes = ["".join(nib.aff2axcodes(a)) for a in (other, affine)]
+    flipped = f" (axes {axes[0]}, the scan's are {axes[1]})" if axes[0] != axes[1] else ""
+    require(shift <= 0.5, f"{told}, expected at most 0.5{flipped}")
+    volumes["label"].affine = volumes["image"].affine
     return volumes, [f"{told}; the scan's is used for both"] if shift > 0.1 else []
 
 
 def check_mask(case, label, entry):
-    """Compare a mask (X, Y, Z), native grid, with the head on the working grid of its entry.
-
-    Returns:
-        sentences to warn with
+    """Return what to warn of in a mask (X, Y, Z), native grid, beside the head of its entry.
 
     Raises:
         ValueError: no voxel of the mask lies in the head.
     """
-    values = torch.unique(label[label > 0]).tolist()
+    values, voxels = torch.unique(label[label > 0]).tolist(), np.argwhere(label.numpy() > 0)
     if not values:
         return []
-    voxels = np.argwhere(label.numpy() > 0)
     to_working = np.linalg.solve(entry["affine"], entry["native_affine"])
     places = nib.affines.apply_affine(to_working, voxels).round().astype(int)
     head, cautions = head_mask(entry["image"].float())[0], []
     inside = np.all((places >= 0) & (places < head.shape), axis=1)
     hits = tuple(places[inside].T)
-    if not head[hits].any() and not ndimage.binary_fill_holes(head)[hits].any():
-        told = f"expected PVS in the head, all {len(voxels)} voxels lie outside"
-        raise ValueError(f"{case.label}: {told}")
+    good = head[hits].any() or ndimage.binary_fill_holes(head)[hits].any()
+    require(good, f"{case.label}: expected PVS in the head, all {len(voxels)} voxels lie outside")
     if len(values) > 1:
         some = ", ".join(f"{value:g}" for value in values[:5])
         cautions.append(f"{case.label}: {len(values)} values ({some}), all count as PVS")
@@ -1207,17 +1038,19 @@ def spacing_words(spacing):
     return f"{' x '.join(f'{mm:g}' for mm in spacing)} mm"
 
 
-def own_spacing(cases):
-    """Return the median spacing (mm, RAS axes) of scans by their headers; 1 mm if none is readable.
+def usual_spacing(spacings):
+    """Return the median of spacings (mm) that a working grid may have, 1 mm where there is none."""
+    median = np.median(spacings or [[1.0, 1.0, 1.0]], axis=0)
+    return tuple(np.clip(median, SMALLEST_SIDE, LARGEST_SIDE).round(4).tolist())
 
-    What cannot be read is told by `prepare_cases`.
-    """
-    sides = []
+
+def own_spacing(cases):
+    """Return the median spacing of scans by their headers; `prepare` tells what is unreadable."""
+    spacings = []
     for case in cases:
         with suppress(ValueError):
-            sides.append(ras_spacing(read_header(case.image)[0].affine))
-    spacing = np.median(sides or [[1.0, 1.0, 1.0]], axis=0)
-    return tuple(np.clip(spacing, SMALLEST_SIDE, LARGEST_SIDE).round(4).tolist())
+            spacings.append(ras_spacing(read_header(case.image)[0].affine))
+    return usual_spacing(spacings)
 
 
 def split_cases(cases, cfg):
@@ -1230,17 +1063,14 @@ def split_cases(cases, cfg):
     Raises:
         ValueError: too few subjects, or no usable split file.
     """
-    subjects = sorted({case.subject for case in cases})
+    subjects, seed = sorted({case.subject for case in cases}), {"random_state": cfg.SEED}
     if cfg.SPLIT:
         split = read_split(cfg.SPLIT, subjects)
     else:
-        seed = {"random_state": cfg.SEED}
         try:
             if cfg.FOLDS:
-                folds = KFold(cfg.FOLDS, shuffle=True, **seed).split(subjects)
-                rest, test = (
-                    np.array(subjects)[part].tolist() for part in list(folds)[cfg.FOLD - 1]
-                )
+                parts = [*KFold(cfg.FOLDS, shuffle=True, **seed).split(subjects)][cfg.FOLD - 1]
+                rest, test = ([subjects[number] for number in part] for part in parts)
             else:
                 rest, test = train_test_split(subjects, test_size=cfg.TEST_FRACTION, **seed)
             train, val = train_test_split(rest, test_size=cfg.VAL_FRACTION, **seed)
@@ -1255,27 +1085,23 @@ def split_cases(cases, cfg):
 
 
 def read_split(path, subjects):
-    """Return {"train": subjects, "val": .., "test": ..} from a JSON file.
-
-    Subjects that it does not name are logged and left out.
+    """Return {"train": subjects, "val": .., "test": ..} from a JSON file; log who is not in it.
 
     Raises:
         ValueError: no such lists, an empty list, unknown subjects, or one named twice.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        split = {part: [*map(str, content[part])] for part in ("train", "val", "test")}
-        if any(isinstance(content[part], str) for part in split):
-            raise TypeError("text in place of a list")
+        content = read_json(path)
+        split = {part: content[part] for part in ("train", "val", "test")}
+        require(all(isinstance(part, list) for part in split.values()), "no lists")
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        reason = "no JSON" if isinstance(error, ValueError | RecursionError) else explain(error)
-        raise ValueError(f"{path}: expected lists train, val and test ({reason})") from None
-    named = list(itertools.chain(*split.values()))
+        told = f"expected lists train, val and test ({explain(error)})"
+        raise ValueError(f"{path}: {told}") from None
+    named = [str(subject) for part in split.values() for subject in part]
     problems = [f"{part}: expected at least one subject" for part in split if not split[part]]
     problems += [f"{s}: named more than once" for s in sorted(set(named)) if named.count(s) > 1]
     problems += [f"{s}: no subject with a mask" for s in sorted(set(named) - set(subjects))]
-    if problems:
-        raise ValueError(f"{path}: not a usable split:\n  " + "\n  ".join(problems))
+    require(not problems, "\n  ".join([f"{path}: not a usable split:", *problems]))
     for subject in sorted(set(subjects) - set(named)):
         log.warning("Warning: left out, not in %s: %s", path, subject)
     return split
@@ -1387,7 +1213,7 @@ CACHE_BYTES = 2.2  # a voxel of an uncropped scan: 3.2 in the head's box, which 
 
 
 def cache_folder(cfg):
-    """Return where prepared volumes lie: CACHE_DIR, else a folder of the run or of its folds."""
+    """Return where the prepared volumes lie: CACHE_DIR, else a folder of the run or of its folds."""
     out = Path(cfg.OUTPUT_DIR)
     top = out.parent if cfg.FOLD and out.name == f"fold-{cfg.FOLD}" else out
     return Path(cfg.CACHE_DIR or top / "cache")
@@ -1434,10 +1260,9 @@ def fill_cache(case, cfg):
         OSError: it cannot be written.
     """
     volumes, cautions = read_pair(case)
-    image, label = volumes["image"], volumes["label"]
-    entry = to_working_grid(dict(volumes), cfg)
+    image, label = volumes.values()
+    entry, true = to_working_grid(dict(volumes), cfg), label.as_tensor() > 0
     cautions += check_mask(case, label[0].as_tensor(), entry)
-    true = label.as_tensor() > 0
     back = to_native_grid(entry["label"].float(), entry) > 0.5  # as a probability
     dice = compute_dice(back[None], true[None], ignore_empty=False)
     background = (entry["label"] == 0).flatten().nonzero().flatten().to(torch.int32)
@@ -1490,9 +1315,9 @@ def check_free_disk(cases, cfg):
                 volume, shape = read_header(case.image)
                 mm3 = math.prod(shape) * abs(np.linalg.det(volume.affine[:3, :3]))
                 needed += CACHE_BYTES * mm3 / math.prod(cfg.PIX_DIM)
-    if needed > free_disk(folder):
-        told = f"the cache takes some {needed / 1e9:.1f} GB, {free_disk(folder) / 1e9:.1f} are free"
-        raise ValueError(f"{folder}: {told}; free some, or choose another folder with --cache-dir")
+    told = f"the cache takes some {needed / 1e9:.1f} GB, {free_disk(folder) / 1e9:.1f} GB are free"
+    told += "; free some, or choose another folder with --cache-dir"
+    require(needed <= free_disk(folder), f"{folder}: {told}")
 
 
 def prepare_cases(cases, cfg):
@@ -1503,24 +1328,22 @@ def prepare_cases(cases, cfg):
         OSError: the cache cannot be written.
     """
     check_free_disk(cases, cfg)
-    # Each case is a batch of its own; collate_fn runs in the workers.
     loader = DataLoader(
         share(cases),
         batch_size=None,
-        collate_fn=functools.partial(prepare, cfg=cfg),
+        collate_fn=functools.partial(prepare, cfg=cfg),  # runs in the workers
         num_workers=worker_count(cfg),
         worker_init_fn=leave_signals_to_the_run,
     )
     done = gather([*Progress(loader, "checking and caching")])
-    wrong = [error for _, error in done if error]
+    wrong, problems = [error for _, error in done if error], []
     for error in wrong:
-        if not isinstance(error, ValueError):
-            raise OSError(f"{error}\nFree space, or choose another folder with --cache-dir.")
-    raise_problems(
-        [problem for error in wrong for problem in error.args],
-        "Repair these files (a mask must be on its scan's grid) or move them elsewhere.",
-    )
-    cases, problems, first = [case for case, _ in done], [], {}
+        told = f"{error}\nFree space, or choose another folder with --cache-dir."
+        require(isinstance(error, ValueError), told, OSError)
+        problems += error.args
+    remedy = "Repair these files (a mask must be on its scan's grid) or move them elsewhere."
+    raise_problems(problems, remedy)
+    cases, first = [case for case, _ in done], {}
     for case in cases:
         for warning in case.warnings:
             log.warning("Warning: %s", warning)
@@ -1534,28 +1357,28 @@ def prepare_cases(cases, cfg):
 
 def log_grids(cases, cfg):
     """Print the scans' spacing and what the working grid alone costs the masks."""
-    spacings = np.array([case.native_spacing for case in cases])
+    spacings = [case.native_spacing for case in cases]
+    usual = usual_spacing(spacings)
     log.info("Native grid     %s", ", ".join(sorted({spacing_words(s) for s in spacings})))
-    dices = [case.roundtrip_dice for case in cases if case.native_voxels]
-    if dices:
-        numbers = f"{np.mean(dices):.3f} ({min(dices):.3f} to {max(dices):.3f})"
-        log.info("Round trip      %s: native Dice of masks to the working grid and back", numbers)
-    usual = np.clip(np.median(spacings, axis=0), SMALLEST_SIDE, LARGEST_SIDE)
-    for case, ratio in zip(cases, spacings / usual, strict=True):
-        if max(ratio.max(), 1 / ratio.min()) > 1.5:
+    dices = [case.roundtrip_dice for case in cases if case.native_voxels] or [math.nan]
+    numbers = f"{np.mean(dices):.3f} ({min(dices):.3f} to {max(dices):.3f})"
+    log.info("Round trip      %s: native Dice of masks to the working grid and back", numbers)
+    for case in cases:
+        if max(np.abs(np.log(np.divide(case.native_spacing, usual)))) > math.log(1.5):
             told = f"{spacing_words(case.native_spacing)}, far from {spacing_words(usual)}"
             log.warning("Warning: %s has voxels of %s", case.image, told)
-    if (np.array(cfg.PIX_DIM) > 1.01 * usual).any():
+    coarser = np.maximum(np.divide(cfg.PIX_DIM, usual), 1).prod()  # finer elsewhere gains nothing
+    if coarser > 1.01:
         log.warning(
             "Warning: the working grid is coarser than the scans, %.1f times in voxel volume. What "
             "that costs thin PVS is told by Round trip; training with --pix-dim %s avoids it.",
-            np.maximum(cfg.PIX_DIM / usual, 1).prod(),  # where finer elsewhere, nothing is gained
+            coarser,
             " ".join(f"{mm:g}" for mm in usual),
         )
 
 
 def pad_to_patch(item, size):
-    """Pad the volumes (1, H, W, D) of a training item to the patch, and move their centres."""
+    """Pad the volumes (1, H, W, D) of a training item to the patch at least, their centres along."""
     shape = item["image"].shape[1:]
     padded = [max(pair) for pair in zip(shape, size, strict=True)]
     for key in BOTH:
@@ -1670,7 +1493,7 @@ def build_model(cfg, pretrained=True):
     """Return the network that ARCHITECTURE names, on the CPU.
 
     Takes images (B, 1, H, W, D), in [0, 1] but for noise, and gives logits of that shape. The
-    weights that are not pretrained are a function of SEED. `pretrained`: load ENCODER_WEIGHTS.
+    weights are a function of SEED, or ENCODER_WEIGHTS where they are `pretrained`.
 
     Raises:
         ValueError: the encoder's weights cannot be had or do not fit.
@@ -1687,10 +1510,9 @@ def build_model(cfg, pretrained=True):
 
 def describe_network(cfg):
     """Return the network in the words that log and files show."""
-    if cfg.ARCHITECTURE == "dynunet":
-        channels = f"{cfg.DECODER_WIDTH} channels at full resolution"
-        return f"DynUNet, {cfg.ENCODER_DEPTH + 1} levels, {channels}"
-    return f"UNet++ with {cfg.ENCODER_NAME}"
+    channels = f"{cfg.ENCODER_DEPTH + 1} levels, {cfg.DECODER_WIDTH} channels at full resolution"
+    plain = cfg.ARCHITECTURE == "dynunet"
+    return f"DynUNet, {channels}" if plain else f"UNet++ with {cfg.ENCODER_NAME}"
 
 
 def load_encoder_weights(encoder, cfg):
@@ -1703,20 +1525,20 @@ def load_encoder_weights(encoder, cfg):
         ValueError: no download (says both ways out); damaged or of another network, names the file.
     """
     url = smp.encoders.encoders[cfg.ENCODER_NAME]["pretrained_settings"]["imagenet"]["url"]
-    downloaded = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-    path = downloaded if cfg.ENCODER_WEIGHTS == "imagenet" else Path(cfg.ENCODER_WEIGHTS)
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     try:
-        if path == downloaded and not path.exists():
+        if cfg.ENCODER_WEIGHTS == "imagenet" and not path.exists():
             log.info("Downloading %s", url)
             path.parent.mkdir(parents=True, exist_ok=True)
             sha256_start = path.stem.rsplit("-", 1)[1]  # these files bear it in their names
             torch.hub.download_url_to_file(url, str(path), sha256_start, sys.stderr.isatty())
-    except (OSError, RuntimeError, http.client.HTTPException) as error:  # or a wrong hash
+    except (OSError, RuntimeError) as error:  # or a wrong hash
         raise ValueError(
             f"ENCODER_WEIGHTS: the ImageNet weights could not be downloaded ({error}).\n"
             f"Either fetch {url}\nelsewhere and put it at {path},\n"
             "or start from random weights with --encoder-weights none."
         ) from None
+    path = path if cfg.ENCODER_WEIGHTS == "imagenet" else Path(cfg.ENCODER_WEIGHTS)
     try:
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
         state["_conv_stem.weight"] = state["_conv_stem.weight"].sum(1, keepdim=True)
@@ -1922,7 +1744,12 @@ def package_versions():
     """Return the versions of Python and of the packages that make the numbers."""
     packages = ("torch", "monai", "segmentation_models_pytorch_3d", "numpy", "scipy", "nibabel")
     versions = {name: importlib.metadata.version(name) for name in (*packages, "scikit-learn")}
-    return {"python": platform.python_version()} | versions
+    return {"python": sys.version.split()[0]} | versions
+
+
+def describe_origin(cfg):
+    """Return what makes the numbers of a run beside its data: versions and number format."""
+    return package_versions() | {"arithmetic": str(autocast_dtype(choose_device(cfg), cfg))}
 
 
 def list_hashes(split, key):
@@ -1930,19 +1757,7 @@ def list_hashes(split, key):
     return {part: {case.name: getattr(case, key) for case in split[part]} for part in split}
 
 
-def checkpoint_content(cfg, split, row):
-    """Return what every checkpoint tells of its origin: plain values.
-
-    Config, working grid, package versions, number format, the epoch's row of history, and by part
-    of the split {name: sha256 of the voxels} of the scans, by which they are known again.
-    """
-    grid = {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
-    content = {"config": asdict(cfg), "working_grid": grid, "versions": package_versions()}
-    content["arithmetic"] = str(autocast_dtype(choose_device(cfg), cfg))
-    return content | {"sha256": list_hashes(split, "sha256"), "history_row": row}
-
-
-CHECKPOINT_KEYS = ("model", "config", "sha256")  # what using a checkpoint takes
+CHECKPOINT_KEYS = ("model", "config", "sha256", "history_row")  # what using a checkpoint takes
 LAST_KEYS = ("optimizer", "plateau", "scaler", "progress", "label_sha256")  # what going on takes
 
 
@@ -1953,54 +1768,39 @@ def read_checkpoint(path, keys=CHECKPOINT_KEYS):
         ValueError: missing, damaged or not of this script; names the file.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch compares no checksums
-                raise zipfile.BadZipFile("wrong checksum")
+        with zipfile.ZipFile(path) as archive:  # torch compares no checksums
+            require(not archive.testzip(), "wrong checksum")
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
-        row = content["history_row"]
-        good = isinstance(row["epoch"], int) and isinstance(row["val_dice"], float | None)
-        if not good or not all(isinstance(content[key], dict) for key in keys):
-            raise TypeError("other content")
+        require(all(isinstance(content[key], dict) for key in keys), "other content")
         return content
     except FileNotFoundError:
-        expected = "expected a checkpoint; train first, or name one with --checkpoint"
-        raise ValueError(f"{path}: no such file, {expected}") from None
+        told = "no such file, expected a checkpoint; train first, or name one with --checkpoint"
+        raise ValueError(f"{path}: {told}") from None
     except READ_ERRORS as error:
         told = f"expected a checkpoint of this script, damaged or of another ({explain(error)})"
         raise ValueError(f"{path}: {told}") from None
 
 
 def load_weights(model, content, path):
-    """Load a checkpoint's weights into `model`.
-
-    Raises:
-        ValueError: they are of another network, or not finite; names the file.
-    """
+    """Load a checkpoint's weights; a ValueError names the file where they do not fit."""
     try:
         model.load_state_dict(content["model"])
     except (RuntimeError, TypeError, AttributeError) as error:
         told = f"its weights do not fit the network it names ({explain(error)})"
         raise ValueError(f"{path}: {told}") from None
-    if not all(weights.isfinite().all() for weights in model.state_dict().values()):
-        raise ValueError(f"{path}: expected finite weights, some are NaN or infinite")
+    finite = all(weights.isfinite().all() for weights in model.state_dict().values())
+    require(finite, f"{path}: expected finite weights, some are NaN or infinite")
 
 
 def saved_settings(content, path):
-    """Return the settings of a checkpoint, converted; what it lacks is as published.
-
-    Raises:
-        ValueError: lists the settings that are none.
-    """
-    problems, known = {}, names(Config)
-    for name in sorted(set(content["config"]) - known):
-        log.warning("Warning: %s: %s is no setting any more and is passed over", path, name)
-    saved = {name: PUBLISHED.get(name, getattr(Config, name)) for name in known} | content["config"]
-    saved = convert_all({name: saved[name] for name in known}, problems)
-    if not problems and not any(saved["PIX_DIM"]):
-        problems["PIX_DIM"] = "PIX_DIM: expected the spacing of a working grid, got 0 0 0"
-    raise_wrong_settings(
-        f"{path}: {problem}" for problem in problems.values()
-    ) if problems else None
+    """Return the settings of a checkpoint, converted; what it lacks is as published."""
+    problems, saved = {}, content["config"]
+    unknown = sorted(set(saved) - names(Config))
+    if unknown:
+        log.warning("Warning: %s: no settings any more, passed over: %s", path, " ".join(unknown))
+    defaults = {field.name: field.default for field in fields(Config)} | PUBLISHED
+    saved = convert_all(defaults | {k: v for k, v in saved.items() if k in defaults}, problems)
+    raise_wrong_settings([f"{path}: {problem}" for problem in problems.values()])
     return saved
 
 
@@ -2009,46 +1809,36 @@ def list_differences(one, two, compared):
 
     dynunet has no ENCODER_NAME.
     """
-    unused = "ENCODER_NAME" if one["ARCHITECTURE"] == two["ARCHITECTURE"] == "dynunet" else ""
-    return sorted(name for name in compared if one[name] != two[name] and name != unused)
+    unused = {"ENCODER_NAME"} if one["ARCHITECTURE"] == two["ARCHITECTURE"] == "dynunet" else set()
+    return sorted(name for name in {*compared} - unused if one[name] != two[name])
 
 
 def restore_config(content, path, cfg, options):
     """Return the Config of a checkpoint, with what this command may say otherwise.
 
-    A run that goes on may change data, decision, machine, length and the place of its files; a
-    trained network data, decision and machine, which are not the checkpoint's at all.
+    A run that goes on is where it was, unless a flag says otherwise; a trained network is used on
+    this machine and into this folder, whatever its training said.
 
     Raises:
         ValueError: settings were given that only another training could change; names each.
     """
-    saved = saved_settings(content, path)
+    saved, here = saved_settings(content, path), {"OUTPUT_DIR"}
+    may_change, asked = names(Data, Output, Decision, Machine), options.of_recipe | options.given
     if options.resume:
-        may_change, here = (
-            names(Data, Output, Decision, Machine, Arithmetic, Length),
-            {"OUTPUT_DIR"},
-        )
-        asked = options.recipe_settings | options.given
+        may_change |= names(Length)
     else:
-        may_change, here = (
-            names(Data, Output, Decision, Machine, Arithmetic),
-            names(Output, Machine),
-        )
-        asked = options.given
-    asked = {name: getattr(cfg, name) for name in asked if name != "OUTPUT_DIR"}
-    fixed = [
-        name for name in list_differences(saved, saved | asked, asked) if name not in may_change
-    ]
-    if asked.get("PIX_DIM") == (0, 0, 0):  # what the run made of it is known
-        fixed = [name for name in fixed if name != "PIX_DIM"]
-    if fixed:
-        told = (
-            f"{n}: {path} has {words(saved[n]) or 'none'}, not {words(asked[n])}" for n in fixed
-        )
-        raise_wrong_settings([f"{one}; only another training can change it" for one in told])
-    changed = {name: value for name, value in asked.items() if name in may_change}
-    changed |= {name: getattr(cfg, name) for name in here}
-    problems, restored = {}, replace(cfg, **saved | changed)
+        here, asked = names(Output, Machine), options.given
+    asked |= {name: getattr(cfg, name) for name in here}
+    if not any(asked.get("PIX_DIM", ())):  # what the run made of it is known
+        asked.pop("PIX_DIM", None)
+    fixed = {*list_differences(saved, saved | asked, asked)} - may_change
+    told = "{0}: {1} has {2}, not {3}; only another training can change it"
+    raise_wrong_settings(
+        [told.format(n, path, words(saved[n]), words(asked[n])) for n in sorted(fixed)]
+    )
+    problems, restored = {}, replace(cfg, **saved | asked)
+    if not any(restored.PIX_DIM):
+        problems["PIX_DIM"] = "PIX_DIM: expected the spacing of a working grid, got 0 0 0"
     check_config(restored, problems, starts=False)
     raise_wrong_settings(problems.values())
     return restored
@@ -2060,18 +1850,19 @@ def read_last(path, cfg, options):
     Raises:
         ValueError: there is none, or processes or settings differ; names each.
     """
-    if not path.exists():
-        raise ValueError(f"{path}: no such file, nothing to resume; start without --resume")
-    content = read_checkpoint(path, keys=CHECKPOINT_KEYS + LAST_KEYS)
-    cfg, processes = restore_config(content, path, cfg, options), process_number("WORLD_SIZE")
-    if content["processes"] != processes:
-        told = f"the run has {content['processes']}, now there are {processes}"
-        raise ValueError(f"processes (torchrun --nproc_per_node): {told}")
-    now = package_versions() | {"arithmetic": str(autocast_dtype(choose_device(cfg), cfg))}
-    then = content["versions"] | {"arithmetic": content.get("arithmetic", now["arithmetic"])}
-    for name in sorted(name for name in now if then.get(name) != now[name]):
-        told = "Warning: the run began with %s %s, now it is %s: the numbers may differ"
-        log.warning(told, name, then.get(name), now[name])
+    require(path.exists(), f"{path}: no such file, nothing to resume; start without --resume")
+    content = read_checkpoint(path, CHECKPOINT_KEYS + LAST_KEYS)
+    cfg, (then, now) = (
+        restore_config(content, path, cfg, options),
+        (content["processes"], process_number("WORLD_SIZE")),
+    )
+    told = f"processes (torchrun --nproc_per_node): the run has {then}, now there are {now}"
+    require(then == now, told)
+    for name, value in describe_origin(cfg).items():
+        was = content["versions"].get(name, value)
+        if was != value:
+            told = "Warning: the run began with %s %s, now it is %s: the numbers may differ"
+            log.warning(told, name, was, value)
     return content, cfg
 
 
@@ -2082,9 +1873,8 @@ def split_as_before(cases, content):
         ValueError: scans of it are missing; names them.
     """
     parts, known = content["sha256"], {case.name for case in cases}
-    missing = sorted(name for part in parts.values() for name in part if name not in known)
-    if missing:
-        raise ValueError(f"cannot resume, scans of the run are missing: {', '.join(missing)}")
+    missing = sorted(set().union(*parts.values()) - known)
+    require(not missing, f"cannot resume, scans of the run are missing: {', '.join(missing)}")
     new = sorted(known.difference(*parts.values()))
     if new:
         log.info("Not in the run that goes on, left out: %s", " ".join(new))
@@ -2095,11 +1885,10 @@ def check_unchanged(split, content):
     """Raise a ValueError that names scans and masks with other voxels than the run began with."""
     problems = []
     for key, kind in {"sha256": "scan", "label_sha256": "mask"}.items():
-        for part, cases in split.items():
-            changed = [c.name for c in cases if content[key][part][c.name] != getattr(c, key)]
+        for part, now in list_hashes(split, key).items():
+            changed = [name for name in now if now[name] != content[key][part][name]]
             problems += [f"{name}: another {kind} than the run began with" for name in changed]
-    if problems:
-        raise ValueError("cannot resume:\n  " + "\n  ".join(problems))
+    require(not problems, "\n  ".join(["cannot resume:", *problems]))
 
 
 def load_initial_weights(model, split, cfg):
@@ -2112,20 +1901,21 @@ def load_initial_weights(model, split, cfg):
     content = read_checkpoint(cfg.INIT_FROM)
     saved, now = saved_settings(content, cfg.INIT_FROM), asdict(cfg)
     differ = list_differences(saved, now, names(Network))
-    if differ:
-        told = "\n  ".join(
-            f"{n}: the checkpoint has {saved[n]}, now it is {now[n]}" for n in differ
-        )
-        raise ValueError(f"{cfg.INIT_FROM}: of another network than this run's:\n  {told}")
+    lines = [f"{n}: the checkpoint has {saved[n]}, now it is {now[n]}" for n in differ]
+    told = f"{cfg.INIT_FROM}: of another network than this run's:"
+    require(not lines, "\n  ".join([told, *lines]))
     load_weights(model, content, cfg.INIT_FROM)
-    used = {
-        *content["sha256"].get("train", {}).values(),
-        *content["sha256"].get("val", {}).values(),
-    }
+    used = seen_hashes([content])
     seen = [c.image for part in ("val", "test") for c in split[part] if c.sha256 in used]
     told = f"for validation or test, but {cfg.INIT_FROM} was trained or chosen with it"
     remedy = "Choose other subjects with --split, or draw them with another --seed."
     raise_problems([f"{image}: {told}" for image in seen], remedy)
+
+
+def seen_hashes(contents):
+    """Return the hashes of the scans that checkpoints were trained or chosen with."""
+    parts = [content["sha256"].get(part, {}) for content in contents for part in ("train", "val")]
+    return {sha256 for part in parts for sha256 in part.values()}
 
 
 # ---------------------------------------------------------------------------------------- Training
@@ -2134,46 +1924,45 @@ def load_initial_weights(model, split, cfg):
 class TrainState:
     """All that training changes: model, its average, AdamW, schedule, float16's scaler, progress.
 
-    With EMA_DECAY `average` follows the model after every step of AdamW. Not torch's AveragedModel:
-    it makes the GPU wait in every step. No random state is among it: all randomness is a function
-    of SEED and epoch.
+    No random state is among it: all randomness is a function of SEED and epoch.
     """
 
     def __init__(self, model, cfg):
-        device = next(model.parameters()).device
         self.cfg, self.model, self.average = cfg, model, None
         rates = {"lr": cfg.LR, "weight_decay": cfg.WEIGHT_DECAY, "fused": True}
         self.optimizer = torch.optim.AdamW(model.parameters(), **rates)
         falls = {"factor": cfg.LR_FACTOR, "patience": cfg.LR_PATIENCE, "min_lr": cfg.LR_MIN}
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, **falls)
+        device = next(model.parameters()).device
         fp16 = autocast_dtype(device, cfg) == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.progress = {"best_dice": -1.0, "waited": 0, "history": []}
         if cfg.EMA_DECAY:
             self.average = copy.deepcopy(model).requires_grad_(False)
-            pairs = zip(float_tensors(self.average), float_tensors(model), strict=True)
-            follow = functools.partial(average_weights, list(pairs), cfg.EMA_DECAY)
-            self.optimizer.register_step_post_hook(follow)  # not where the scaler skips a step
+            self.optimizer.register_step_post_hook(self.follow)  # not where the scaler skips a step
 
     @property
     def kept(self):
         """The model that is validated and saved: the moving average where there is one."""
         return self.model if self.average is None else self.average
 
+    @torch.no_grad()
+    def follow(self, *_):
+        """Move the average towards the model. Not torch's own: it makes the GPU wait each step."""
+        pairs = zip(*(map(float_tensors, (self.average, self.model))), strict=True)
+        for average, now in pairs:
+            average.lerp_(now, 1 - self.cfg.EMA_DECAY)
+
     def parts(self):
         """Return what last.pth has states of, by name."""
         parts = {name: getattr(self, name) for name in ("model", "optimizer", "plateau", "scaler")}
         return parts if self.average is None else parts | {"average": self.average}
 
-    def state_dict(self):
-        """Return all states as plain values and tensors."""
-        return {n: p.state_dict() for n, p in self.parts().items()} | {"progress": self.progress}
-
     def load_state_dict(self, content):
-        """Go on from what `state_dict` gave."""
-        self.progress |= {name: content["progress"][name] for name in self.progress}
+        """Go on from the states of last.pth; a scaler that is in use now only has none."""
+        self.progress |= content["progress"]
         for name, part in self.parts().items():
-            if content.get(name):  # of a scaler that is in use now only, there is none
+            if content.get(name):
                 part.load_state_dict(content[name])
 
     def step(self):
@@ -2183,12 +1972,12 @@ class TrainState:
         it has done so too often.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.GRAD_CLIP)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.GRAD_CLIP))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         passed_over = self.scaler.is_enabled() and self.scaler.get_scale() > 1e-4
-        return 0.0 if passed_over and not norm.isfinite() else float(norm)
+        return 0.0 if passed_over and not math.isfinite(norm) else norm
 
 
 def float_tensors(model):
@@ -2197,21 +1986,12 @@ def float_tensors(model):
     return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
-@torch.no_grad()
-def average_weights(pairs, decay, *_):
-    """Move every average towards the tensor that it is paired with."""
-    for average, now in pairs:
-        average.lerp_(now, 1 - decay)
-
-
 def check_finite(value, what, epoch, cases):
     """Raise a FloatingPointError, which names the cases, where a number is not finite."""
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"the {what} became {value} in epoch {epoch} with {', '.join(sorted(set(cases)))}. "
-            "Nothing was saved from this epoch. Look at these scans, or start anew (--overwrite) "
-            "with a lower --lr or --no-amp."
-        )
+    told = f"the {what} became {value} in epoch {epoch} with {', '.join(sorted(set(cases)))}. "
+    told += "Nothing was saved from this epoch. Look at these scans, or start anew (--overwrite) "
+    told += "with a lower --lr or --no-amp."
+    require(math.isfinite(value), told, FloatingPointError)
 
 
 def train_one_epoch(model, state, loader, epoch):
@@ -2273,11 +2053,10 @@ def share_gradients(model):
     if process_number("WORLD_SIZE") == 1:
         return model
     device = next(model.parameters()).device
+    devices = [device.index] if device.type == "cuda" else None
     # Some layers of the encoder have no part in the output and get no gradient.
-    settings = {"find_unused_parameters": True}
-    if device.type == "cuda":
-        settings["device_ids"] = [device.index]
-    return nn.parallel.DistributedDataParallel(model, **settings)
+    parallel = nn.parallel.DistributedDataParallel
+    return parallel(model, device_ids=devices, find_unused_parameters=True)
 
 
 def fit(run, model, cfg, split, last=None):
@@ -2295,10 +2074,9 @@ def fit(run, model, cfg, split, last=None):
     progress = state.progress
     history = progress["history"]
     while len(history) < cfg.EPOCHS and not stops_early(progress, cfg):
-        if last:
-            take_back_last_validation(run, state, last)
-            last = None
-        row = train_and_validate(parallel, state, loader, split["val"])
+        if last and history[-1]["val_dice"] is not None and not is_in_turn(len(history), cfg):
+            take_back_validation(run, progress, last)
+        row, last = train_and_validate(parallel, state, loader, split["val"]), None
         history.append(row)
         improved, former_best = judge(run, state, row)
         if first_process():
@@ -2324,9 +2102,8 @@ def train_and_validate(parallel, state, loader, val_cases):
     row["lr"] = state.optimizer.param_groups[0]["lr"]
     row["train_loss"], row["train_dice"] = train_one_epoch(parallel, state, loader, epoch)
     if parallel is not state.model:  # BatchNorm's statistics, as the checkpoint has them
-        for model in (state.model, state.average):
-            for buffer in [] if model is None else model.buffers():
-                dist.broadcast(buffer, 0)
+        for buffer in [b for model in {state.model: 0, state.kept: 0} for b in model.buffers()]:
+            dist.broadcast(buffer, 0)
     row["seconds"] = round(gather([time.perf_counter() - start])[0], 2)  # the first process's
     if is_in_turn(epoch, cfg) or epoch == cfg.EPOCHS or time_is_up([*history, row], cfg):
         row["val_loss"], row["val_dice"] = validate(state.kept, val_cases, cfg, epoch)
@@ -2338,56 +2115,60 @@ def judge(run, state, row):
     """Let a validation change learning rate, early stopping and the best Dice.
 
     That of a last epoch out of its turn may choose the weights, but no more: a run that goes on to
-    more epochs is the one that had them from the start, see `take_back_last_validation`.
+    more epochs is the one that had them from the start, see `take_back_validation`.
 
     Returns:
         (whether the Dice is the best so far, the checkpoint that is then to be kept as it was)
     """
-    progress, former_best = state.progress, None
-    improved = row["val_dice"] is not None and row["val_dice"] > progress["best_dice"]
-    if row["val_dice"] is not None and is_in_turn(row["epoch"], state.cfg):
+    progress, dice, former_best = state.progress, row["val_dice"], None
+    improved = dice is not None and dice > progress["best_dice"]
+    if dice is not None and is_in_turn(row["epoch"], state.cfg):
         state.plateau.step(row["val_loss"])
         progress["waited"] = 0 if improved else progress["waited"] + 1
-    elif improved:
-        former_best = read_checkpoint(run.best) if first_process() else None
-    if improved:
-        progress["best_dice"] = row["val_dice"]
+    elif improved and first_process():
+        former_best = read_checkpoint(run.best)
+    progress["best_dice"] = dice if improved else progress["best_dice"]
     return improved, former_best
 
 
-def take_back_last_validation(run, state, last):
-    """Undo what a validation out of its turn has changed, before a run of more epochs goes on."""
-    row = state.progress["history"][-1]
-    if row["val_dice"] is not None and not is_in_turn(row["epoch"], state.cfg):
-        row |= {"val_loss": None, "val_dice": None}
-        if last["former_best"]:
-            state.progress["best_dice"] = last["former_best"]["history_row"]["val_dice"]
-            if first_process():
-                write_torch(run.best, last["former_best"])
+def take_back_validation(run, progress, last):
+    """Undo the validation out of its turn with which the run ended, before it goes on."""
+    progress["history"][-1] |= {"val_loss": None, "val_dice": None}
+    if last["former_best"]:
+        progress["best_dice"] = last["former_best"]["history_row"]["val_dice"]
+        if first_process():
+            write_torch(run.best, last["former_best"])
 
 
 def save_epoch(run, state, split, improved, former_best):
-    """Write the checkpoints and the history after an epoch, the best weights if they are."""
-    history = state.progress["history"]
-    origin = checkpoint_content(state.cfg, split, history[-1])
+    """Write the checkpoints and the history after an epoch, the best weights if they are.
+
+    Both checkpoints tell of Config, working grid, versions, the epoch's row of history, and by part
+    of the split {name: sha256 of the voxels} of the scans, by which they are known again.
+    """
+    cfg, history = state.cfg, state.progress["history"]
+    grid = {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
+    content = {"config": asdict(cfg), "working_grid": grid, "versions": describe_origin(cfg)}
+    content |= {"sha256": list_hashes(split, "sha256"), "history_row": history[-1]}
     if improved:
-        write_torch(run.best, {"model": state.kept.state_dict()} | origin)
-    run.write_json(run.history, history)
-    content = origin | state.state_dict() | {"label_sha256": list_hashes(split, "label_sha256")}
-    content |= {"processes": process_number("WORLD_SIZE"), "former_best": former_best}
+        write_torch(run.best, content | {"model": state.kept.state_dict()})
+    write_json(run.history, history)
+    content |= {name: part.state_dict() for name, part in state.parts().items()}
+    content |= {"progress": state.progress, "former_best": former_best}
+    content |= {"processes": process_number("WORLD_SIZE")}
     # Last: a run that is killed before goes through the epoch again, and writes all of it again.
-    write_torch(run.last, content)
+    write_torch(run.last, content | {"label_sha256": list_hashes(split, "label_sha256")})
 
 
 def stops_early(progress, cfg):
     """Return, and print, whether EARLY_STOPPING or MAX_MINUTES ends the training."""
-    if progress["waited"] >= cfg.EARLY_STOPPING and progress["best_dice"] > 0:
-        log.info("Stopped early: no better validation Dice in %d validations", progress["waited"])
-        return True
-    if time_is_up(progress["history"], cfg):
+    waited, late = progress["waited"], time_is_up(progress["history"], cfg)
+    early = waited >= cfg.EARLY_STOPPING and progress["best_dice"] > 0
+    if early:
+        log.info("Stopped early: no better validation Dice in %d validations", waited)
+    elif late:
         log.info("Stopped after %g minutes of training", cfg.MAX_MINUTES)
-        return True
-    return False
+    return early or late
 
 
 def time_is_up(history, cfg):
@@ -2401,15 +2182,13 @@ def log_epoch(history, improved, cfg):
     if len(history) == 1:
         log.info("epoch  train loss   Dice    val loss   Dice         LR  seconds  time left")
     loss, dice = ("-" if row[k] is None else f"{row[k]:.4f}" for k in ("val_loss", "val_dice"))
-    mean_seconds = np.mean([r["seconds"] for r in history[-20:]])
-    left = (cfg.EPOCHS - row["epoch"]) * mean_seconds
+    left = (cfg.EPOCHS - row["epoch"]) * np.mean([r["seconds"] for r in history[-20:]])
     if cfg.MAX_MINUTES:
         left = min(left, max(60 * cfg.MAX_MINUTES - sum(r["seconds"] for r in history), 0))
-    minutes, seconds = divmod(round(left), 60)
     log.info(
         f"{row['epoch']:5d} {row['train_loss']:11.4f} {row['train_dice']:6.4f} {loss:>11} "
         f"{dice:>6}{'*' if improved else ' '} {row['lr']:9.1e} {row['seconds']:8.1f} "
-        f"{minutes // 60:4d}:{minutes % 60:02d}:{seconds:02d}"
+        f"{timedelta(seconds=round(left))!s:>10}"
     )
 
 
@@ -2432,15 +2211,14 @@ def describe_grid(cfg):
 
 def data_set_name(cfg):
     """Return the name that the data set gives itself; simulated data is called so by it."""
-    path = Path(cfg.DATA_DIR) / "dataset_description.json"
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        name = json.loads(path.read_text(encoding="utf-8"))["Name"]
+        name = read_json(Path(cfg.DATA_DIR) / "dataset_description.json")["Name"]
         return " ".join(str(name).split())[:200]
     return Path(cfg.DATA_DIR).resolve().name
 
 
 def score_case(case, entry, working_pred, pred, label):
-    """Return a case's scores as one flat row; each key but the first is told of in SCORES.
+    """Return a case's scores as one flat row; what is summarised of them stands in SCORES.
 
     `working_pred` (H, W, D) on the working grid; `pred` and `label` (X, Y, Z) on the native grid,
     the label as its file has it; all bool.
@@ -2454,8 +2232,7 @@ def score_case(case, entry, working_pred, pred, label):
     row["working_pred_voxels"] = int(working_pred.sum())
     row |= {f"native_{name}": score for name, score in calculate_metrics(pred, label).items()}
     row |= {"roundtrip_dice": case.roundtrip_dice} | calculate_lesion_metrics(pred, label)
-    for side, mask in {"label": label, "pred": pred}.items():
-        row[f"volume_ml_{side}"] = volume_ml(mask, affine)
+    row |= {"volume_ml_label": volume_ml(label, affine), "volume_ml_pred": volume_ml(pred, affine)}
     for burden in ("count", "volume_ml"):
         true, error = row[f"{burden}_label"], row[f"{burden}_pred"] - row[f"{burden}_label"]
         row[f"{burden}_error"] = error
@@ -2463,56 +2240,48 @@ def score_case(case, entry, working_pred, pred, label):
     return row | calculate_boundary_metrics(pred, label, nib.affines.voxel_sizes(affine))
 
 
-KINDS = ("label", "pred", "error", "error_percent")  # of a burden
-SCORES = (  # key of a row, where its summary lies in the JSON, title in the table ("": not printed)
-    *((name, ("working", name), title) for name, title in METRICS.items()),
-    ("native_dice", ("native", "dice"), "native Dice"),
-    *((f"native_{name}", ("native", name), "") for name in ("iou", "precision", "recall")),
-    ("roundtrip_dice", ("roundtrip", "dice"), "round trip"),
-    *(
-        (f"lesion_{name}_{rule}", ("lesions", rule, name), "")
-        for rule, name in itertools.product(LESION_RULES, ("sensitivity", "precision", "f1"))
-    ),
-    *((f"count_{kind}", ("burden", "count", kind), "") for kind in KINDS),
-    *((f"volume_ml_{kind}", ("burden", "volume_ml", kind), "") for kind in KINDS),
-    ("nsd_voxel", ("boundary", "nsd_voxel"), ""),
-    ("nsd_1mm", ("boundary", "nsd_1mm"), "NSD 1 mm"),
-    ("hd95_mm", ("boundary", "hd95_mm"), "HD95, mm"),
-)
-TOTALS = (  # key of a row, where its sum lies
-    *((f"count_{side}", ("lesions", f"count_{side}")) for side in ("label", "pred")),
-    *(
-        (f"matched_{side}_{rule}", ("lesions", rule, f"matched_{side}"))
-        for rule, side in itertools.product(LESION_RULES, ("label", "pred"))
-    ),
-    ("one_mask_empty", ("boundary", "one_mask_empty")),
-)
+# A key of `score_case`, where its summary lies in the JSON, its title in the printed table.
+SCORES = [(name, f"working {name}", title) for name, title in METRICS.items()]
+SCORES += [("native_dice", "native dice", "native Dice")]
+SCORES += [(f"native_{name}", f"native {name}", "") for name in ("iou", "precision", "recall")]
+SCORES += [("roundtrip_dice", "roundtrip dice", "round trip")]
+for rule, name in itertools.product(LESION_RULES, ("sensitivity", "precision", "f1")):
+    SCORES += [(f"lesion_{name}_{rule}", f"lesions {rule} {name}", "")]
+for name, kind in itertools.product(
+    ("count", "volume_ml"), ("label", "pred", "error", "error_percent")
+):
+    SCORES += [(f"{name}_{kind}", f"burden {name} {kind}", "")]
+SCORES += [("nsd_voxel", "boundary nsd_voxel", ""), ("nsd_1mm", "boundary nsd_1mm", "NSD 1 mm")]
+SCORES += [("hd95_mm", "boundary hd95_mm", "HD95, mm")]
+TOTALS = {f"count_{side}": f"lesions count_{side}" for side in ("label", "pred")}  # summed up
+for rule, side in itertools.product(LESION_RULES, ("label", "pred")):
+    TOTALS[f"matched_{side}_{rule}"] = f"lesions {rule} matched_{side}"
+TOTALS["one_mask_empty"] = "boundary one_mask_empty"
 
 
 def look_up(blocks, place):
-    """Return what lies at a place of nested dicts, which are made where they are missing."""
-    for name in place:
+    """Return the dict at a place of SCORES in nested dicts, which are made where missing."""
+    for name in place.split():
         blocks = blocks.setdefault(name, {})
     return blocks
 
 
 def summarise_all(rows, cfg):
     """Return the blocks of summaries over the rows of all test cases."""
-    native = {"grid": "native grid of each scan"}
     blocks = {"working": {"grid": describe_grid(cfg)}}
-    blocks |= {
-        name: dict(native) for name in ("native", "roundtrip", "lesions", "burden", "boundary")
-    }
+    for name in ("native", "roundtrip", "lesions", "burden", "boundary"):
+        blocks[name] = {"grid": "native grid of each scan"}
     for rule, meaning in LESION_RULES.items():
-        look_up(blocks, ("lesions", rule))["matched_where"] = meaning
-    for key, place in TOTALS:
-        look_up(blocks, place[:-1])[place[-1]] = sum(row[key] for row in rows)
+        look_up(blocks, f"lesions {rule}")["matched_where"] = meaning
+    for key, place in TOTALS.items():
+        block, name = place.rsplit(" ", 1)
+        look_up(blocks, block)[name] = sum(row[key] for row in rows)
     for key, place, _ in SCORES:
         look_up(blocks, place).update(summarise(rows, key, cfg.SEED))
     blocks["lesions"]["connectivity"] = 26
     for name in ("count", "volume_ml"):
-        label, pred = ([row[f"{name}_{side}"] for row in rows] for side in ("label", "pred"))
-        blocks["burden"][name] |= agreement(label, pred)
+        sides = ([row[f"{name}_{side}"] for row in rows] for side in ("label", "pred"))
+        blocks["burden"][name] |= agreement(*sides)
     return blocks
 
 
@@ -2525,32 +2294,31 @@ def summarise(rows, key, seed):
     Returns:
         {"mean", "sd", "median", "q1", "q3", "ci95": [low, high], "n", "undefined": how many None}
     """
-    scans_of = {}
+    scans_of, interval = {}, None
     for row in rows:
         if row[key] is not None:
             scans_of.setdefault(row["subject"], []).append(row[key])
-    known, interval = list(itertools.chain(*scans_of.values())), None
+    known = list(itertools.chain(*scans_of.values()))
     if len(scans_of) > 1:
-        sums = np.array([sum(values) for values in scans_of.values()], dtype=float)
-        counts = np.array([len(values) for values in scans_of.values()], dtype=float)
+        sums, counts = (np.array([*map(f, scans_of.values())], dtype=float) for f in (sum, len))
+        settings = {"n_resamples": 10_000, "paired": True, "rng": np.random.default_rng(seed)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of subjects whose means are all equal
-            result = stats.bootstrap(
-                (sums, counts),
-                lambda sums, counts, axis=-1: sums.sum(axis) / counts.sum(axis),
-                n_resamples=10_000,
-                paired=True,
-                rng=np.random.default_rng(seed),
-            )
-        interval = list(map(float, result.confidence_interval))
+            drawn = stats.bootstrap((sums, counts), mean_of_scans, **settings)
+        interval = list(map(float, drawn.confidence_interval))
         if not np.isfinite(interval).all():
-            interval = np.percentile(result.bootstrap_distribution, (2.5, 97.5)).tolist()
+            interval = np.percentile(drawn.bootstrap_distribution, (2.5, 97.5)).tolist()
     numbers = [None] * 5
     if known:
         numbers = [np.mean(known), np.std(known), *np.percentile(known, (50, 25, 75))]
         numbers = map(float, numbers)
     summary = dict(zip(("mean", "sd", "median", "q1", "q3"), numbers, strict=True))
     return summary | {"ci95": interval, "n": len(known), "undefined": len(rows) - len(known)}
+
+
+def mean_of_scans(sums, counts, axis=-1):
+    """Return the mean over scans from the sums and numbers of subjects."""
+    return sums.sum(axis) / counts.sum(axis)
 
 
 def agreement(label, pred):
@@ -2564,8 +2332,7 @@ def agreement(label, pred):
     if len(label) < 3:
         return result
     label, pred = np.array(label, dtype=float), np.array(pred, dtype=float)
-    error = pred - label
-    bias, reach = float(error.mean()), float(1.96 * error.std(ddof=1))
+    bias, reach = float((pred - label).mean()), float(1.96 * (pred - label).std(ddof=1))
     result |= {"bias": bias, "limits_of_agreement": [bias - reach, bias + reach]}
     if np.ptp(label) and np.ptp(pred):
         result["pearson_r"] = float(stats.pearsonr(label, pred).statistic)
@@ -2584,14 +2351,14 @@ def write_test_metrics(run, rows, weights, cfg):
     content = {"data_set": data_set_name(cfg), "grid": describe_grid(cfg), "n": len(rows)}
     for name in METRICS:  # as published
         values = [row[name] for row in rows]
-        content[f"{name}_mean"] = float(np.mean(values))
-        content[f"{name}_std"] = float(np.std(values))
-    blocks = summarise_all(rows, cfg)
-    content |= {"empty_masks": EMPTY_MASKS, **blocks, "subjects": rows}
-    content |= {"config": asdict(cfg), "versions": package_versions(), "checkpoint": weights}
-    content["device"] = str(choose_device(cfg))
-    content["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    run.write_json(run.scores, content)
+        content |= {f"{name}_mean": float(np.mean(values)), f"{name}_std": float(np.std(values))}
+    blocks, date = (
+        summarise_all(rows, cfg),
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+    content |= {"empty_masks": EMPTY_MASKS, **blocks, "subjects": rows, "config": asdict(cfg)}
+    content |= {"versions": package_versions(), "checkpoint": weights, "date": date}
+    write_json(run.scores, content | {"device": str(choose_device(cfg))})
     write_csv(run.table, rows)
     return blocks
 
@@ -2601,52 +2368,48 @@ def pool_folds(run, cfg):
 
     `cross_validation.json` has the blocks of the test metrics over all subjects of these folds.
     """
-    top, found, now = run.folder.parent, {}, asdict(cfg)
-    alike = names(Split, Grid, Network, Start, Training, Decision) - {"FOLD"}
+    top, rows, now = run.folder.parent, [], asdict(cfg)
+    alike = names(Split, Grid, Network, Training, Decision) - {"FOLD"}
     for fold in range(1, cfg.FOLDS + 1):
         scores = Run(top / f"fold-{fold}").scores
-        if scores.exists():
-            content = json.loads(scores.read_text(encoding="utf-8"))
-            then = now | convert_all(content["config"], {})
-            tested = {row["name"] for rows in found.values() for row in rows}
+        content = read_json(scores) if scores.exists() else None
+        if content:
+            then, tested = now | convert_all(content["config"], {}), {row["name"] for row in rows}
             again = tested & {row["name"] for row in content["subjects"]}
-            same = not again and content["data_set"] == data_set_name(cfg)
-            if same and not list_differences(then, now, alike):
-                found[fold] = content["subjects"]
+            other = content["data_set"] != data_set_name(cfg)
+            if again or other or list_differences(then, now, alike):
+                log.warning("Warning: left out, of other settings or data: %s", scores)
             else:
-                told = "Warning: not in the cross-validation, of other settings or data: %s"
-                log.warning(told, scores)
-    rows = [{"fold": fold} | row for fold, subjects in found.items() for row in subjects]
-    blocks = summarise_all(rows, cfg)
+                rows += [{"fold": fold} | row for row in content["subjects"]]
+    blocks, finished = summarise_all(rows, cfg), sorted({row["fold"] for row in rows})
     content = {"data_set": data_set_name(cfg), "grid": describe_grid(cfg), "n": len(rows)}
-    content |= {"folds": cfg.FOLDS, "finished": list(found), "empty_masks": EMPTY_MASKS}
-    run.write_json(top / "cross_validation.json", content | blocks | {"subjects": rows})
+    content |= {"folds": cfg.FOLDS, "finished": finished, "empty_masks": EMPTY_MASKS, **blocks}
+    write_json(top / "cross_validation.json", content | {"subjects": rows})
     write_csv(top / "cross_validation.csv", rows)
-    log.info("\nCross-validation, %d of %d folds finished", len(found), cfg.FOLDS)
-    for _, place, title in SCORES:
-        score = look_up(blocks, place)
-        if title and score["mean"] is not None:
-            low, high = score["ci95"] or (math.nan, math.nan)
-            log.info("%12s %8.4f (95 %% from %.4f to %.4f)", title, score["mean"], low, high)
+    log.info("\nCross-validation, %d of %d folds finished", len(finished), cfg.FOLDS)
+    log_summaries([], blocks)
 
 
-def log_test_table(rows, blocks, cfg):
-    """Print a row a case, then mean, SD and the mean's confidence interval, then the burden."""
-    log.info("\nTest scores of %d scans, %s", len(rows), data_set_name(cfg))
-    log.info(
-        "Dice, IoU, precision, recall: %s; the others: native grid of each scan", describe_grid(cfg)
-    )
+def log_summaries(rows, blocks):
+    """Print a row a case, then mean, SD and the mean's confidence interval."""
     printed = [(key, look_up(blocks, place), title) for key, place, title in SCORES if title]
+    ends = [summary["ci95"] or (None, None) for _, summary, _ in printed]
     table = [(row["name"], [row[key] for key, *_ in printed]) for row in rows]
-    for name, key in {"mean": "mean", "SD": "sd"}.items():
-        table.append((name, [score[key] for _, score, _ in printed]))
-    for number, name in enumerate(("95 % from", "95 % to")):
-        table.append((name, [(score["ci95"] or [None] * 2)[number] for _, score, _ in printed]))
+    table += [(name, [s[name.lower()] for _, s, _ in printed]) for name in ("mean", "SD")]
+    table += [("95 % from", [low for low, _ in ends]), ("95 % to", [high for _, high in ends])]
     width = max(len(name) for name, _ in table)
     log.info(" " * width + "".join(f"{title:>12}" for *_, title in printed))
     for name, values in table:
         cells = ("-" if value is None else f"{value:.4f}" for value in values)
         log.info(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
+
+
+def log_test_table(rows, blocks, cfg):
+    """Print the scores of all test cases, and below them the burden."""
+    log.info("\nTest scores of %d scans, %s", len(rows), data_set_name(cfg))
+    told = "Dice, IoU, precision, recall: %s; the others: native grid of each scan"
+    log.info(told, describe_grid(cfg))
+    log_summaries(rows, blocks)
     lesions, volume = blocks["lesions"], blocks["burden"]["volume_ml"]
     f1 = [f"{lesions[rule]['f1']['mean']:.4f} ({LESION_RULES[rule]})" for rule in LESION_RULES]
     counts = f"{lesions['count_label']} in the ground truth, {lesions['count_pred']} predicted"
@@ -2680,18 +2443,18 @@ def write_nifti(path, volume, scan_path):
     write_file(path, gzip.compress(nifti.to_bytes(), 4, mtime=0))
 
 
-def prediction_path(run, case, cfg, suffix="mask"):
-    """Return where a case's prediction lies in the BIDS derivative `predictions`."""
+def write_prediction(run, case, pred, prob, cfg):
+    """Write a mask on the native grid, with SAVE_PROBABILITIES the probability too; return its path.
+
+    They are files of the BIDS derivative `predictions`.
+    """
     sessions = re.findall(r"_(ses-[^_]+)", case.name)
     folder = Path(run.predictions, case.subject, *sessions[:1], "anat")
-    return folder / f"{case.name}_label-PVS_desc-{NETWORKS[cfg.ARCHITECTURE][2]}_{suffix}.nii.gz"
-
-
-def write_prediction(run, case, pred, prob, cfg):
-    """Write a mask on the native grid, with SAVE_PROBABILITIES the probability too."""
-    write_nifti(prediction_path(run, case, cfg), pred.astype(np.uint8), case.image)
+    name = f"{case.name}_label-PVS_desc-{NETWORKS[cfg.ARCHITECTURE][2]}"
     if cfg.SAVE_PROBABILITIES:
-        write_nifti(prediction_path(run, case, cfg, "probseg"), prob, case.image)
+        write_nifti(folder / f"{name}_probseg.nii.gz", prob, case.image)
+    write_nifti(folder / f"{name}_mask.nii.gz", pred.astype(np.uint8), case.image)
+    return folder / f"{name}_mask.nii.gz"
 
 
 def write_description(run, cases, cfg):
@@ -2704,34 +2467,18 @@ def write_description(run, cases, cfg):
     made = f"{describe_network(cfg)}, {describe_grid(cfg)}; probability on the native grid, "
     made += "mean of eight mirrored views, " if cfg.TTA_FLIPS else ""
     made += f"mask where above {cfg.THRESHOLD:g}"
-    if cfg.SMALLEST_PVS:
-        made += f", without components below {cfg.SMALLEST_PVS:g} mm3"
-    content = {
-        "Name": "Perivascular spaces (PVS), predicted",
-        "BIDSVersion": "1.10.0",
-        "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": "train_pvs.py", "Description": made}],
-        "SourceDatasets": [{"URL": source} for source in sorted(sources)],
-    }
-    run.write_json(run.predictions / "dataset_description.json", content)
+    made += f", without components below {cfg.SMALLEST_PVS:g} mm3" if cfg.SMALLEST_PVS else ""
+    content = {"Name": "Perivascular spaces (PVS), predicted", "BIDSVersion": "1.10.0"}
+    content |= {"GeneratedBy": [{"Name": "train_pvs.py", "Description": made}]}
+    content |= {"SourceDatasets": [{"URL": source} for source in sorted(sources)]}
+    content |= {"DatasetType": "derivative"}
+    write_json(run.predictions / "dataset_description.json", content)
 
 
 # ----------------------------------------------------------------------------------------- Figures
 
-PLANES = {"axial": 2, "coronal": 1, "sagittal": 0}  # the axis of a RAS volume that a plane cuts
-SIDES = {"axial": "RL", "coronal": "RL", "sagittal": "AP"}  # at the left and right of a picture
+PLANES = {"axial": (2, "RL"), "coronal": (1, "RL"), "sagittal": (0, "AP")}  # axis cut, sides shown
 COLOURS = {"ground truth": (1.0, 0.15, 0.1), "prediction": (0.1, 0.9, 0.2)}  # red, green
-
-
-def turn_to_ras(volume, affine):
-    """Return a volume (X, Y, Z) of a native grid with its axes turned, and only that, to RAS."""
-    return nib.orientations.apply_orientation(volume, nib.io_orientation(affine))
-
-
-def display_image(image, affine):
-    """Return a scan (X, Y, Z) turned to RAS, its intensities taken to [0, 1] for the eye."""
-    low, high = np.percentile(image[::3, ::3, ::3], (1, 99.8))
-    return np.clip((turn_to_ras(image, affine) - low) / max(high - low, 1e-6), 0, 1)
 
 
 def cut(image, masks, plane):
@@ -2742,7 +2489,7 @@ def cut(image, masks, plane):
     Returns:
         ([image, masks..] as 2D arrays for imshow's origin "lower", which slice in words)
     """
-    axis = PLANES[plane]
+    axis = PLANES[plane][0]
     across = tuple(other for other in range(3) if other != axis)
     index = next(
         (m.sum(across).argmax() for m in masks.values() if m.any()), image.shape[axis] // 2
@@ -2757,25 +2504,23 @@ def draw_row(axes, slices, titles, plane, spacing):
     `slices`: 2D, the image in [0, 1], ground truth or prediction or both; `titles`: one a panel,
     which begin with what it shows; `spacing`: mm, of a RAS volume.
     """
-    across, up = (mm for axis, mm in enumerate(spacing) if axis != PLANES[plane])
-    image, *masks = slices
-    for ax, mask, title in zip(axes, [None, *masks], titles, strict=True):
-        shown = np.repeat(image[..., None], 3, 2)
+    axis, sides = PLANES[plane]
+    across, up = (mm for other, mm in enumerate(spacing) if other != axis)
+    for ax, mask, title in zip(axes, [None, *slices[1:]], titles, strict=True):
+        shown = np.repeat(slices[0][..., None], 3, 2)
         if mask is not None:
             shown[mask] = 0.2 * shown[mask] + 0.8 * np.array(COLOURS[title.split(",")[0]])
         ax.imshow(shown, origin="lower", interpolation="nearest", aspect=up / across)
-        place = {"y": 0.5, "color": "white", "size": 8, "va": "center", "transform": ax.transAxes}
-        ax.text(0.02, s=SIDES[plane][0], ha="left", **place)
-        ax.text(0.98, s=SIDES[plane][1], ha="right", **place)
+        for x, side, ha in zip((0.02, 0.98), sides, ("left", "right"), strict=True):
+            ax.text(x, 0.5, side, color="white", size=8, va="center", ha=ha, transform=ax.transAxes)
         ax.set_title(title, color="white", size=9)
         ax.set_axis_off()
 
 
 def write_figure(path, figure, title):
     """Give the figure its title, write it as a 300-DPI picture and close it."""
-    figure.suptitle(
-        title, color="black" if figure.get_facecolor()[0] else "white", size=10, wrap=True
-    )
+    colour = "black" if figure.get_facecolor()[0] else "white"
+    figure.suptitle(title, color=colour, size=10, wrap=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=Path(path).suffix[1:], dpi=300)
     plt.close(figure)
@@ -2790,15 +2535,17 @@ def draw_case(run, case, image, affine, masks, title):
     Returns:
         the axial slices, which they are, and the spacing, as `draw_test_grid` takes them
     """
-    image, spacing = display_image(image, affine), ras_spacing(affine)
-    masks = {name: turn_to_ras(mask, affine) for name, mask in masks.items()}
+    low, high = np.percentile(image[::3, ::3, ::3], (1, 99.8))
+    to_ras = functools.partial(nib.apply_orientation, ornt=nib.io_orientation(affine))
+    image = np.clip((to_ras(image) - low) / max(high - low, 1e-6), 0, 1)
+    masks, spacing = {name: to_ras(mask) for name, mask in masks.items()}, ras_spacing(affine)
     size = {"figsize": (3 + 3 * len(masks), 10), "layout": "constrained", "facecolor": "black"}
     figure, axes = plt.subplots(3, 1 + len(masks), **size)
     cuts = {plane: cut(image, masks, plane) for plane in PLANES}
     for line, (plane, (slices, place)) in zip(axes, cuts.items(), strict=True):
         counts = [f"{n}, {s.sum()} voxels" for n, s in zip(masks, slices[1:], strict=True)]
         draw_row(line, slices, [place, *counts], plane, spacing)
-    write_figure(run.planes / f"{case.name}.png", figure, title)
+    write_figure(run.folder / "multi_plane" / f"{case.name}.png", figure, title)
     return *cuts["axial"], spacing
 
 
@@ -2806,16 +2553,14 @@ def describe_scores(row, affine, cfg):
     """Return the title of a test case's figure: its scores, each with its grid."""
     scores = "   ".join(f"{title} {row[f'native_{name}']:.3f}" for name, title in METRICS.items())
     burden = [f"{row[f'count_{s}']} PVS, {row[f'volume_ml_{s}']:.2f} ml" for s in ("label", "pred")]
-    back, spacing = row["roundtrip_dice"], spacing_words(ras_spacing(affine))
+    back, grid = row["roundtrip_dice"], spacing_words(ras_spacing(affine))
     back = "undefined" if back is None else f"Dice {back:.3f}"
-    lines = (
-        f"{row['name']}   {scores}",
-        f"native grid, {spacing}; the ground truth taken to the working grid and back: {back}",
-        f"Dice {row['dice']:.3f} on the {describe_grid(cfg)}",
-        f"{burden[0]} in the ground truth; {burden[1]} predicted",
-        data_set_name(cfg),
+    return (
+        f"{row['name']}   {scores}\n"
+        f"native grid, {grid}; the ground truth taken to the working grid and back: {back}\n"
+        f"Dice {row['dice']:.3f} on the {describe_grid(cfg)}\n"
+        f"{burden[0]} in the ground truth; {burden[1]} predicted\n{data_set_name(cfg)}"
     )
-    return "\n".join(lines)
 
 
 def draw_test_grid(run, rows, cuts, cfg, most=10):
@@ -2839,30 +2584,26 @@ def draw_test_grid(run, rows, cuts, cfg, most=10):
 def draw_agreement(run, rows, burden, cfg):
     """Draw predicted against true burden, and the Bland-Altman plot, of PVS count and volume."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 9), layout="constrained")
-    for (scatter, bland), name, unit in zip(
-        axes, ("count", "volume_ml"), ("PVS", "ml"), strict=True
-    ):
+    kinds = {"count": ("Number of PVS", "PVS"), "volume_ml": ("Volume of PVS", "ml")}
+    for (scatter, bland), (name, (title, unit)) in zip(axes, kinds.items(), strict=True):
         label, pred = (np.array([row[f"{name}_{s}"] for row in rows]) for s in ("label", "pred"))
-        result = burden[name]
-        told = {"r": result["pearson_r"], "concordance": result["lin_ccc"]}
-        scores = [f"{key} {value:.3f}" for key, value in told.items() if value is not None]
-        end = 1.05 * max(label.max(), pred.max(), 1e-9)
-        span = (-0.03 * end, end)  # points at 0 are seen whole
+        result, end = burden[name], 1.05 * max(label.max(), pred.max(), 1e-9)
+        for key, text in {"pearson_r": "r", "lin_ccc": "concordance"}.items():
+            title += "" if result[key] is None else f", {text} {result[key]:.3f}"
         scatter.plot([0, end], [0, end], color="0.6", lw=1, label="identity")
         scatter.plot(label, pred, "o", alpha=0.7)
-        kind = {"count": "Number of PVS", "volume_ml": "Volume of PVS"}[name]
-        scatter.set(xlim=span, ylim=span, aspect="equal", title=", ".join([kind, *scores]))
+        span = (-0.03 * end, end)  # points at 0 are seen whole
+        scatter.set(xlim=span, ylim=span, aspect="equal", title=title)
         scatter.set(xlabel=f"ground truth, {unit}", ylabel=f"prediction, {unit}")
         bland.axhline(0, color="0.6", lw=1, label="no error")
         bland.plot((label + pred) / 2, pred - label, "o", alpha=0.7)
         if result["bias"] is not None:
             low, high = result["limits_of_agreement"]
-            bland.axhline(result["bias"], color="C1", label=f"bias {result['bias']:.2f}")
-            told = f"limits of agreement {low:.2f} to {high:.2f}"
-            bland.axhline(low, color="C1", ls="--", label=told)
-            bland.axhline(high, color="C1", ls="--")
+            told = f"bias {result['bias']:.2f}, limits of agreement {low:.2f} to {high:.2f}"
+            for height, style in ((result["bias"], "-"), (low, "--"), (high, "--")):
+                bland.axhline(height, color="C1", ls=style, label=told if style == "-" else None)
         bland.set(title="Bland-Altman", xlabel=f"mean of both, {unit}")
-        bland.set(ylabel=f"prediction - ground truth, {unit}")
+        bland.set_ylabel(f"prediction - ground truth, {unit}")
         bland.margins(y=0.3)  # room for the legend
     for ax in axes.flat:
         ax.grid(alpha=0.3)
@@ -2874,9 +2615,7 @@ def draw_agreement(run, rows, burden, cfg):
 
 def draw_training_curves(run, cfg):
     """Draw losses, Dice and learning rate over the epochs, where there is a history."""
-    if not run.history.exists():
-        return
-    history = json.loads(run.history.read_text(encoding="utf-8"))
+    history = read_json(run.history) if run.history.exists() else []
     panels = {
         "loss, 0.5 BCE + 0.5 Dice loss": ("train_loss", "val_loss"),
         f"Dice, {describe_grid(cfg)}": ("train_dice", "val_dice"),
@@ -2887,17 +2626,15 @@ def draw_training_curves(run, cfg):
     for ax, (title, keys) in zip(axes, panels.items(), strict=True):
         for key in keys:
             points = [(row["epoch"], row[key]) for row in history if row[key] is not None]
-            ax.plot(*zip(*points, strict=True), ".-", label=told[key.split("_")[0]])
+            ax.plot(*np.reshape(points, (-1, 2)).T, ".-", label=told[key.split("_")[0]])
         ax.set(title=title, xlabel="epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()
         ax.grid(alpha=0.3)
     axes[1].set_ylim(0, 1)
-    axes[2].set_yscale("log")
-    narrow = max(row["lr"] for row in history) < 10 * min(row["lr"] for row in history)
-    axes[2].yaxis.set_major_formatter("{x:g}")  # the usual ones write in math text
-    axes[2].yaxis.set_minor_formatter("{x:.1g}" if narrow else "")
-    write_figure(run.curves, figure, data_set_name(cfg))
+    axes[2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    if history:
+        write_figure(run.curves, figure, data_set_name(cfg))
 
 
 # --------------------------------------------------------------------------------------- Demo data
@@ -3009,9 +2746,8 @@ def write_head(folder, subject, volumes, spacing=1):
     middle = (np.array(volumes[0].shape) - 1) / 2  # is where the world begins
     affine = nib.affines.from_matvec(spacing * np.eye(3), -spacing * middle)
     label_name = f"derivatives/mask/{subject}/{subject}_desc-mask_PVS.nii.gz"
-    for name, volume in zip(
-        (f"{subject}/anat/{subject}_T2w.nii.gz", label_name), volumes, strict=True
-    ):
+    paths = (f"{subject}/anat/{subject}_T2w.nii.gz", label_name)
+    for name, volume in zip(paths, volumes, strict=True):
         nifti = nib.Nifti1Image(volume, affine)
         nifti.header.set_xyzt_units("mm")
         write_file(Path(folder) / name, gzip.compress(nifti.to_bytes(), 3, mtime=0))
@@ -3028,17 +2764,17 @@ def make_demo_data(folder, seed):
     folder, maker = Path(folder), {"Name": "train_pvs.py --demo", "Version": f"1, seed {seed}"}
     description = {"Name": DEMO_NAME, "BIDSVersion": "1.9.0", "GeneratedBy": [maker]}
     marker = folder / "dataset_description.json"
-    found = marker.read_text(encoding="utf-8") if marker.exists() else ""
-    if found == json_text(description):
+    found = read_json(marker) if marker.exists() else {}
+    if found == description:
         return
-    if folder.exists() and any(folder.iterdir()) and DEMO_NAME not in found:
-        raise ValueError(f"{folder}: holds other data than the demo's; choose another --output-dir")
+    free = found.get("Name") == DEMO_NAME or not folder.exists() or not any(folder.iterdir())
+    require(free, f"{folder}: holds other data than the demo's; choose another --output-dir")
     shutil.rmtree(folder, ignore_errors=True)
-    write_file(marker, json_text({"Name": DEMO_NAME}))
+    write_json(marker, {"Name": DEMO_NAME})
     for number in Progress(range(DEMO_SUBJECTS), "simulating heads"):
         volumes = simulate_head(np.random.default_rng([seed, number]))
         write_head(folder, f"sub-{number + 1:03d}", volumes)
-    write_file(marker, json_text(description))
+    write_json(marker, description)
 
 
 # -------------------------------------------------------------------------------------------- Main
@@ -3047,33 +2783,30 @@ def make_demo_data(folder, seed):
 def log_settings(cfg, options, title):
     """Print the title, every setting that differs from the published one, and overridden edits."""
     log.info("%s, %s", datetime.now().isoformat(" ", "seconds"), title)
-    for field in fields(Config):
-        value = getattr(cfg, field.name)
-        if options.check or value != PUBLISHED.get(field.name, field.default):
-            log.info("  %-21s %s", field.name, words(value))
-    for name, value in options.edited.items():
-        used = getattr(cfg, name)
-        if used != value and name not in {"OUTPUT_DIR", *options.given}:
-            source = f"recipe {options.recipe}" if name in options.recipe_settings else "checkpoint"
+    for name, value in asdict(cfg).items():
+        if options.check or value != PUBLISHED.get(name, getattr(Config, name)):
+            log.info("  %-21s %s", name, words(value))
+    for name in sorted(set(options.edited) - {"OUTPUT_DIR", *options.given}):
+        edited, used = words(options.edited[name]), words(getattr(cfg, name))
+        source = f"recipe {options.recipe}" if name in options.of_recipe else "checkpoint"
+        if used != edited:
             told = "Warning: %s: edited to %s in the file, but the %s has %s, which is used"
-            log.warning(told, name, words(value) or "nothing", source, words(used) or "nothing")
+            log.warning(told, name, edited, source, used)
 
 
 def log_plan(run, cfg, model, scans):
     """Print on what, with what and into which folder the run works; `scans`: how many, of what."""
+    device = choose_device(cfg)
+    arithmetic = str(autocast_dtype(device, cfg)).removeprefix("torch.")
+    if cfg.AMP and device.type == "cpu" and has_level_of_side_2(cfg):
+        arithmetic += ", since bfloat16 fails on CPUs with such small patches"
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     log.info("Data            %s", data_set_name(cfg))
-    log.info("Device          %s, arithmetic in %s", choose_device(cfg), describe_arithmetic(cfg))
+    log.info("Device          %s, arithmetic in %s", device, arithmetic)
     log.info("Scans           %s", scans)
     log.info("Grid            %s", describe_grid(cfg))
     log.info("Network         %s, %.1f M parameters", describe_network(cfg), parameters)
     log.info("Output folder   %s", run.folder.resolve())
-
-
-def check_data_folder(cfg):
-    """Raise FileNotFoundError, which says how to get the data, where there is no DATA_DIR."""
-    if not os.path.isdir(cfg.DATA_DIR):
-        raise FileNotFoundError(f"{cfg.DATA_DIR}: no such folder (DATA_DIR)\n{HOW_TO_GET_DATA}")
 
 
 def keep_prepared(split, prepared, cfg):
@@ -3088,15 +2821,13 @@ def keep_prepared(split, prepared, cfg):
     split = {part: [ready[case.name] for case in cases] for part, cases in split.items()}
     for case in split["train"]:
         if not case.working_voxels:
-            lost = f"its {case.native_voxels} voxels vanish on the working grid"
-            told = lost if case.native_voxels else "empty mask"
-            log.warning("Warning: not trained with, %s: %s", told, case.label)
+            told = "Warning: not trained with, no PVS on the working grid (%d on its own): %s"
+            log.warning(told, case.native_voxels, case.label)
     split["train"] = [case for case in split["train"] if case.working_voxels]
     bare = [part for part in ("train", "val") if not any(c.working_voxels for c in split[part])]
-    if bare:
-        expected = "expected masks with PVS on the working grid (LABEL_GLOB, PIX_DIM), none is left"
-        remedy = "Choose other subjects with --split, or draw them with another --seed."
-        raise ValueError(f"{cfg.DATA_DIR}: {expected} in {', '.join(bare)}. {remedy}")
+    told = f"expected masks with PVS on the working grid, none is left in {', '.join(bare)}"
+    remedy = "Choose other subjects with --split, or draw them with another --seed."
+    require(not bare, f"{cfg.DATA_DIR}: {told}. {remedy}")
     return split
 
 
@@ -3106,18 +2837,20 @@ def set_up_training(cfg, options):
     if options.resume:
         last, cfg = read_last(run.last, cfg, options)
     starts = cfg.INIT_FROM and not last
-    if starts and any(os.path.samefile(cfg.INIT_FROM, path) for path in run.results()):
-        told = "INIT_FROM, which this run would replace; choose another --output-dir"
-        raise ValueError(f"{cfg.INIT_FROM}: {told}")
-    if not options.demo:
-        check_data_folder(cfg)
+    mine = starts and any(os.path.samefile(cfg.INIT_FROM, path) for path in run.results())
+    require(not mine, f"{cfg.INIT_FROM}: INIT_FROM, which this run would replace")
+    there = options.demo or os.path.isdir(cfg.DATA_DIR)
+    require(there, f"{cfg.DATA_DIR}: no such folder (DATA_DIR)\n{HOW_TO_GET_DATA}")
     own = options.demo and Path(cfg.DATA_DIR, "dataset_description.json").exists()
-    replaceable = options.overwrite or options.check or options.resume or own
-    with first_process_first():
+    if first_process():
+        replaceable = options.overwrite or options.check or options.resume or own
         run.open("check" if options.check else "train", replaceable, options.overwrite)
         log_settings(cfg, options, f"recipe {options.recipe}")
         if options.demo:
             make_demo_data(cfg.DATA_DIR, cfg.SEED)
+        model = build_model(cfg, pretrained=not (last or starts or options.check))
+    wait_for_all()  # the first has made data, and downloaded weights
+    if not first_process():
         model = build_model(cfg, pretrained=not (last or starts or options.check))
     cases = find_cases(cfg)
     split = split_as_before(cases, last) if last else split_cases(cases, cfg)
@@ -3134,8 +2867,8 @@ def set_up_training(cfg, options):
     for part in ("val", "test"):
         log.info("  %-14s%s", part, " ".join(case.name for case in split[part][:10]))
     if options.check:
-        log.info("Nothing was trained (--check). It leaves %s", run.logs / "check.log")
-        log.info("and the prepared volumes, which a run then reads, in %s", cache_folder(cfg))
+        told = "Nothing was trained (--check). What it leaves, and a run reads: %s; a log in %s"
+        log.info(told, cache_folder(cfg), run.logs)
         return lambda: 0
     if last:
         log.info("Resumed         after epoch %d", len(last["progress"]["history"]))
@@ -3151,8 +2884,10 @@ def train(run, model, split, cfg, last):
     if not last:
         run.clear()  # --overwrite
         for old in run.folder.parent.glob("cross_validation.*") if cfg.FOLDS else []:
-            old.unlink()  # written anew at this fold's end
-    run.write_json(run.split, {p: sorted({c.subject for c in part}) for p, part in split.items()})
+            old.unlink(missing_ok=True)  # written anew at this fold's end
+    if first_process():
+        parts = {name: sorted({c.subject for c in part}) for name, part in split.items()}
+        write_json(run.split, parts)
     model.to(choose_device(cfg))
     if cfg.HEAD_BIAS_LOG_ODDS and not cfg.INIT_FROM:
         start_at_log_odds(model, split["train"], cfg)
@@ -3166,35 +2901,27 @@ def train(run, model, split, cfg, last):
     told = "Best validation Dice %.4f on the working grid, in epoch %d"
     log.info(told, best["val_dice"], best["epoch"])
     evaluate(run, model, split["test"], best, cfg)
-    if best["val_dice"] > 0:
-        return 0
-    if first_process():
+    if best["val_dice"] == 0 and first_process():
         log.error("No PVS were learned: the validation Dice never left 0. %s", advice(cfg))
-    return 1
+    return int(best["val_dice"] == 0)
 
 
 def describe_weights(content, path):
     """Return {"file", "epoch", "val_dice"} of a checkpoint's content."""
-    row = content["history_row"]
-    return {"file": str(path), "epoch": row["epoch"], "val_dice": row["val_dice"]}
+    return {"file": str(path)} | {key: content["history_row"][key] for key in ("epoch", "val_dice")}
 
 
 def read_again(case):
-    """Return the scan and the bool mask (X, Y, Z) of a case that was checked before.
-
-    Raises:
-        OSError: a file is not what it was then; names it.
-    """
+    """Return the scan and the bool mask (X, Y, Z) of a case; an OSError if they have changed."""
     volumes = []
     for path, known in ((case.image, case.sha256), (case.label, case.label_sha256)):
         try:
-            volume = read_volume(path)
+            volumes.append(read_volume(path))
         except ValueError as error:
             raise OSError(str(error)) from None
-        if hash_voxels(volume) != known:
-            raise OSError(f"{path}: has other voxels than when the run began")
-        volumes.append(np.asarray(volume[0]))
-    return volumes[0], volumes[1] > 0
+        same = hash_voxels(volumes[-1]) == known
+        require(same, f"{path}: has other voxels than when the run began", OSError)
+    return np.asarray(volumes[0][0]), np.asarray(volumes[1][0]) > 0
 
 
 def evaluate(run, model, cases, weights, cfg):
@@ -3204,8 +2931,7 @@ def evaluate(run, model, cases, weights, cfg):
     """
     rows, cuts = [], []
     for case in Progress(share(cases), "testing"):
-        entry = load_cached(case)
-        image, label = read_again(case)
+        entry, (image, label) = load_cached(case), read_again(case)
         affine = entry["native_affine"].numpy()
         working_prob, prob = predict_case(model, entry, cfg)
         pred = decide(prob, affine, cfg)
@@ -3216,17 +2942,16 @@ def evaluate(run, model, cases, weights, cfg):
         title = describe_scores(rows[-1], affine, cfg)
         cuts.append(draw_case(run, case, image, affine, masks, title))
     rows, cuts = gather(rows), gather(cuts)
-    if not first_process():
-        return 0
-    write_description(run, cases, cfg)
-    blocks = write_test_metrics(run, rows, weights, cfg)
-    draw_test_grid(run, rows, cuts, cfg)
-    draw_agreement(run, rows, blocks["burden"], cfg)
-    draw_training_curves(run, cfg)
-    log_test_table(rows, blocks, cfg)
-    if run.folder.name == f"fold-{cfg.FOLD}" and run.best.exists():  # no external test
-        pool_folds(run, cfg)
-    log.info("\nScores and figures are in %s", run.folder.resolve())
+    if first_process():
+        write_description(run, cases, cfg)
+        blocks = write_test_metrics(run, rows, weights, cfg)
+        draw_test_grid(run, rows, cuts, cfg)
+        draw_agreement(run, rows, blocks["burden"], cfg)
+        draw_training_curves(run, cfg)
+        log_test_table(rows, blocks, cfg)
+        if run.folder.name == f"fold-{cfg.FOLD}" and run.best.exists():  # no external test
+            pool_folds(run, cfg)
+        log.info("\nScores and figures are in %s", run.folder.resolve())
     return 0
 
 
@@ -3240,46 +2965,35 @@ def segment_scan(run, model, case, cfg):
     entry = to_working_grid({"image": image}, cfg)
     prob, affine = predict_case(model, entry, cfg)[1], entry["native_affine"].numpy()
     pred = decide(prob, affine, cfg)
-    write_prediction(run, case, pred, prob, cfg)
-    burden = {"count": ndimage.label(pred, TOUCHING)[1], "volume_ml": volume_ml(pred, affine)}
-    told = f"{case.name}: {burden['count']} PVS, {burden['volume_ml']:.3f} ml predicted"
-    grids = (
+    mask = write_prediction(run, case, pred, prob, cfg).relative_to(run.folder)
+    row = {"participant_id": case.subject, "name": case.name}
+    row |= {"count": ndimage.label(pred, TOUCHING)[1], "volume_ml": volume_ml(pred, affine)}
+    told = f"{case.name}: {row['count']} PVS, {row['volume_ml']:.3f} ml predicted\n"
+    told += (
         f"native grid, {spacing_words(ras_spacing(affine))}\npredicted on the {describe_grid(cfg)}"
     )
-    masks = {"prediction": pred}
-    draw_case(run, case, np.asarray(image[0]), affine, masks, f"{told}\n{grids}")
-    mask = prediction_path(run, case, cfg).relative_to(run.folder)
-    return {
-        "participant_id": case.subject,
-        "name": case.name,
-        **burden,
-        "scan": case.image,
-        "mask": mask,
-    }
+    draw_case(run, case, np.asarray(image[0]), affine, {"prediction": pred}, told)
+    return row | {"scan": case.image, "mask": mask}
 
 
 def predict_scans(run, model, cases, cfg):
-    """Segment scans one at a time, draw and measure them.
+    """Segment scans one at a time; return the exit status, 1 where one could not be done.
 
     A scan that cannot be read, or is too large for the memory, is named at the end; the others are
     done.
-
-    Returns:
-        the exit status, 1 where a scan could not be done
     """
     rows, problems = [], []
     write_description(run, cases, cfg)
     for case in Progress(cases, "predicting"):
         try:
             rows.append(segment_scan(run, model, case, cfg))
+            write_csv(run.burden, rows)
         except ValueError as error:
             problems.append(str(error))
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
             problems.append(f"{case.image}: memory ran out; {OUT_OF_MEMORY}")
-        if rows:
-            write_csv(run.burden, rows)
     for row in rows:
         log.info("%s: %d PVS, %.3f ml", row["name"], row["count"], row["volume_ml"])
     log.info("%d of %d scans are segmented in %s", len(rows), len(cases), run.folder.resolve())
@@ -3288,18 +3002,8 @@ def predict_scans(run, model, cases, cfg):
     return 1 if problems else 0
 
 
-def choose_checkpoints(cfg, options):
-    """Return the files of --checkpoint, else the output folder's, else the default folder's."""
-    if options.checkpoint:
-        return [Path(path) for path in options.checkpoint]
-    runs = [Run(cfg.OUTPUT_DIR), Run(Config.OUTPUT_DIR)]
-    return [next((run for run in runs if run.best.parent.is_dir()), runs[0]).best]
-
-
 def restore_configs(paths, contents, cfg, options):
-    """Return the Config of checkpoints that are used together, see `restore_config`.
-
-    Of their THRESHOLD and SMALLEST_PVS the mean.
+    """Return the Config of checkpoints that are used together; of thresholds and sizes the mean.
 
     Raises:
         ValueError: they are of different networks or grids, names what differs.
@@ -3310,8 +3014,7 @@ def restore_configs(paths, contents, cfg, options):
     for path, other in zip(paths, configs, strict=True):
         for name in list_differences(first, other, names(Network, Grid) | {"TTA_FLIPS"}):
             problems.append(f"{name}: {paths[0]} has {first[name]}, {path} has {other[name]}")
-    if problems:
-        raise ValueError("checkpoints that do not go together:\n  " + "\n  ".join(problems))
+    require(not problems, "\n  ".join(["checkpoints that do not go together:", *problems]))
     means = {n: float(np.mean([c[n] for c in configs])) for n in ("THRESHOLD", "SMALLEST_PVS")}
     return replace(cfg, **first | means)
 
@@ -3319,43 +3022,32 @@ def restore_configs(paths, contents, cfg, options):
 def choose_test_cases(cases, contents):
     """Return the cases that no checkpoint was trained or chosen with; log the others.
 
-    Scans are known again by their voxels, wherever the files lie.
-
-    Raises:
-        ValueError: none is left.
+    Scans are known again by their voxels, wherever the files lie. A ValueError if none is left.
     """
-    parts = [content["sha256"].get(part, {}) for content in contents for part in ("train", "val")]
-    used = {sha256 for part in parts for sha256 in part.values()}
+    used = seen_hashes(contents)
     left_out = [case.name for case in cases if case.sha256 in used]
-    if len(left_out) == len(cases):
-        told = "the checkpoint was trained or chosen with every scan, none is left to test on"
-        raise ValueError(f"DATA_DIR: {told}; expected scans that it has not seen")
+    told = "the checkpoint was trained or chosen with every scan, none is left to test on"
+    require(len(left_out) < len(cases), f"DATA_DIR: {told}; expected scans that it has not seen")
     if left_out:
         log.info("Not tested on   %s: trained or chosen with", " ".join(left_out))
     return [case for case in cases if case.sha256 not in used]
 
 
-def is_own_test(run, paths, contents, cfg):
-    """Return whether --evaluate makes the test of a run again: its weights, data and decision."""
-    saved = contents[0]["config"]
-    same = all(
-        saved[name] == getattr(cfg, name) for name in {"DATA_DIR", *names(Decision)} & set(saved)
-    )
-    return same and [path.resolve() for path in paths] == [run.best.resolve()]
-
-
 def set_up_trained(cfg, options):
     """Do all that comes before --evaluate and --predict; return the work left, a function."""
-    paths = choose_checkpoints(cfg, options)
+    runs = [
+        Run(cfg.OUTPUT_DIR),
+        Run(Config.OUTPUT_DIR),
+    ]  # the default folder's if there is no other
+    default = next((run for run in runs if run.best.parent.is_dir()), runs[0]).best
+    run, paths = runs[0], list(map(Path, options.checkpoint or [default]))
     contents = [read_checkpoint(path) for path in paths]
-    cfg = restore_configs(paths, contents, cfg, options)
+    cfg, saved = restore_configs(paths, contents, cfg, options), contents[0]["config"]
     command = "predict" if options.predict else f"evaluate-{Path(cfg.DATA_DIR).resolve().name}"
-    if options.predict:
-        cases = find_scans(options.predict, cfg)
-    else:
-        check_data_folder(cfg)
-    run = Run(cfg.OUTPUT_DIR)
-    own = not options.predict and is_own_test(run, paths, contents, cfg)
+    cases = find_scans(options.predict, cfg) if options.predict else find_cases(cfg)
+    # Whether --evaluate makes the test of a run again: its weights, data and decision.
+    same = all(saved.get(name) == getattr(cfg, name) for name in {"DATA_DIR", *names(Decision)})
+    own = options.evaluate and same and [path.resolve() for path in paths] == [run.best.resolve()]
     if not own and run.best.parent.exists():
         run = Run(run.folder / command)  # its own, in the run's
         cfg = replace(cfg, OUTPUT_DIR=str(run.folder))
@@ -3363,20 +3055,19 @@ def set_up_trained(cfg, options):
     for model, content, path in zip(models, contents, paths, strict=True):
         load_weights(model, content, path)
     models.to(choose_device(cfg))
-    with first_process_first():
-        run.open(command.split("-")[0], options.overwrite or own, options.overwrite)
+    run.open(command.split("-")[0], options.overwrite or own, options.overwrite)
+    wait_for_all()
     if not own:
         run.clear()  # --overwrite
     log_settings(cfg, options, f"{command}, checkpoint {', '.join(map(str, paths))}")
     weights = [describe_weights(*pair) for pair in zip(contents, paths, strict=True)]
     for row in weights:
-        dice = "unknown" if row["val_dice"] is None else f"{row['val_dice']:.4f}"
-        told = f"epoch {row['epoch']}, validation Dice {dice} on the working grid"
-        log.info("Weights         %s", told)
+        told = "Weights         epoch %d, validation Dice %s on the working grid"
+        log.info(told, row["epoch"], row["val_dice"] and f"{row['val_dice']:.4f}")
     if options.predict:
         log_plan(run, cfg, models, f"{len(cases)} to segment")
         return functools.partial(predict_scans, run, models, cases, cfg)
-    cases = choose_test_cases(prepare_cases(find_cases(cfg), cfg), contents)
+    cases = choose_test_cases(prepare_cases(cases, cfg), contents)
     log_plan(run, cfg, models, f"{len(cases)} to test")
     weights = weights[0] if len(weights) == 1 else weights
     return functools.partial(evaluate, run, models, cases, weights, cfg)
@@ -3401,30 +3092,27 @@ def tell_failure(error, way_on, begun):
     Raises:
         the error, where it is no user's mistake, machine's failure or signal, but the script's
     """
-    tells, text = process_number("LOCAL_RANK") == 0, str(error).strip()
+    first, text, status = process_number("LOCAL_RANK") == 0, str(error).strip(), 1
     if stop_signals or isinstance(error, KeyboardInterrupt):
-        number, status = (stop_signals or [signal.SIGINT])[0], 128
-        told, status = f"Interrupted ({signal.Signals(number).name}). {way_on}", 128 + number
+        number = signal.Signals((stop_signals or [signal.SIGINT])[0])
+        told, status = f"Interrupted ({number.name}). {way_on}", 128 + number
     elif isinstance(error, ValueError | FileNotFoundError) and not begun:
         told, status = f"Error: {text}", 2
-    elif isinstance(error, FloatingPointError):
-        told, status, tells = f"Error: {text}", 1, True
-    elif isinstance(error, OSError):  # a worker's own holds its traceback
-        last = text.rsplit("\nOSError: ", 1)[-1]
-        told, status, tells = f"Error: {last}\n{way_on}", 1, True
     elif re.search("Connection (closed|reset) by peer", text):
-        told, status = f"Error: another process of the run has ended.\n{way_on}", 1
+        told = f"Error: another process of the run has ended.\n{way_on}"
+    elif isinstance(error, FloatingPointError):
+        first, told = True, f"Error: {text}"
+    elif isinstance(error, OSError):  # a worker's own holds its traceback
+        first, told = True, "Error: " + text.rsplit("\nOSError: ", 1)[-1] + f"\n{way_on}"
     elif "DataLoader worker (pid" in text:
-        cause = "a worker process was killed, most likely since memory, or /dev/shm, ran out"
-        told = f"Error: {cause}.\nFirst lower --num-workers. {OUT_OF_MEMORY}\n{way_on}"
-        status, tells = 1, True
+        told = "a worker process was killed, most likely since memory, or /dev/shm, ran out"
+        told = f"Error: {told}.\nFirst lower --num-workers. {OUT_OF_MEMORY}\n{way_on}"
     elif lacks_memory(error):
         cause = text.split("\n")[0]
-        told = f"Error: memory ran out ({cause}).\n{OUT_OF_MEMORY}\n{way_on}"
-        status, tells = 1, True
+        first, told = True, f"Error: memory ran out ({cause}).\n{OUT_OF_MEMORY}\n{way_on}"
     else:
         raise error
-    if tells:
+    if first:
         log.error("%s", told)
     return status
 
