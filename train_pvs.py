@@ -80,7 +80,7 @@ warnings.filterwarnings("ignore", told)
 log = logging.getLogger("train_pvs")
 
 # ------------------------------------------------------------------------------------------ Config
-# Edit any value here, or give it as a flag: `BATCH_SIZE` is `--batch-size`. Its comment is the help.
+# Edit any value here, or give it as a flag: `BATCH_SIZE` is `--batch-size`. Comments are its help.
 # A group says who may change its settings later; a setting of your own is one more line in one.
 
 
@@ -634,32 +634,33 @@ def write_torch(path, content):
     write_file(path, buffer.getbuffer())
 
 
+FILES = {  # of a run, in the order in which --overwrite gives them up
+    "last": "checkpoints/last.pth",
+    "best": "checkpoints/best_model.pth",
+    "history": "logs/training_history.json",
+    "split": "logs/split.json",
+    "scores": "logs/comprehensive_test_metrics.json",
+    "table": "logs/test_metrics.csv",
+    "burden": "logs/participants_pvs.csv",
+    "overview": "test_set_visualization_grid_300dpi.jpg",
+    "agreement": "agreement.jpg",
+    "curves": "training_curves.jpg",
+}
+
+
 class Run:
     """The output folder of a run: where its files lie, its lock and its log."""
-
-    FILES = {  # in the order in which --overwrite gives them up
-        "last": "checkpoints/last.pth",
-        "best": "checkpoints/best_model.pth",
-        "history": "logs/training_history.json",
-        "split": "logs/split.json",
-        "scores": "logs/comprehensive_test_metrics.json",
-        "table": "logs/test_metrics.csv",
-        "burden": "logs/participants_pvs.csv",
-        "overview": "test_set_visualization_grid_300dpi.jpg",
-        "agreement": "agreement.jpg",
-        "curves": "training_curves.jpg",
-    }
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.logs, self.predictions = self.folder / "logs", self.folder / "predictions"
-        for name, path in self.FILES.items():
+        for name, path in FILES.items():
             setattr(self, name, self.folder / path)
 
     def results(self):
         """Return the files of a former run that are there."""
         patterns = ("multi_plane/sub-*.png", "predictions/sub-*/**/*_label-PVS_desc-*.nii.gz")
-        return [f for p in (*self.FILES.values(), *patterns) for f in self.folder.glob(p)]
+        return [f for p in (*FILES.values(), *patterns) for f in self.folder.glob(p)]
 
     def open(self, name, replaceable, anew=False):
         """Lock the folder and keep the messages in `logs/<name>.log`; `anew`: remove the results.
@@ -672,8 +673,8 @@ class Run:
         found = self.results()
         require(
             replaceable or not found,
-            f"{found[:1]}: there are results in the output folder already.\nChoose another with "
-            "--output-dir, replace them with --overwrite, or go on with a training run with --resume.",
+            f"{[*map(str, found[:1])]}: there are results in the output folder already.\nChoose another with "
+            "--output-dir, replace them with --overwrite, or go on with a training with --resume.",
         )
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
@@ -1213,7 +1214,7 @@ CACHE_BYTES = 2.2  # a voxel of an uncropped scan: 3.2 in the head's box, which 
 
 
 def cache_folder(cfg):
-    """Return where the prepared volumes lie: CACHE_DIR, else a folder of the run or of its folds."""
+    """Return where prepared volumes lie: CACHE_DIR, else a folder of the run or of its folds."""
     out = Path(cfg.OUTPUT_DIR)
     top = out.parent if cfg.FOLD and out.name == f"fold-{cfg.FOLD}" else out
     return Path(cfg.CACHE_DIR or top / "cache")
@@ -1378,7 +1379,7 @@ def log_grids(cases, cfg):
 
 
 def pad_to_patch(item, size):
-    """Pad the volumes (1, H, W, D) of a training item to the patch at least, their centres along."""
+    """Pad the volumes (1, H, W, D) of a training item to the patch, and move their centres."""
     shape = item["image"].shape[1:]
     padded = [max(pair) for pair in zip(shape, size, strict=True)]
     for key in BOTH:
@@ -2444,10 +2445,7 @@ def write_nifti(path, volume, scan_path):
 
 
 def write_prediction(run, case, pred, prob, cfg):
-    """Write a mask on the native grid, with SAVE_PROBABILITIES the probability too; return its path.
-
-    They are files of the BIDS derivative `predictions`.
-    """
+    """Write a mask, native grid, into the BIDS derivative `predictions`; return its path."""
     sessions = re.findall(r"_(ses-[^_]+)", case.name)
     folder = Path(run.predictions, case.subject, *sessions[:1], "anat")
     name = f"{case.name}_label-PVS_desc-{NETWORKS[cfg.ARCHITECTURE][2]}"
