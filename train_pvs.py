@@ -258,8 +258,7 @@ def raise_wrong_settings(problems):
 
 def build_parser():
     """Return the command line: a flag for each command, and one for each field of `Config`."""
-    about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: require(False, f"{message}; see --help")
     command, recipe = (parser.add_mutually_exclusive_group() for _ in range(2))
     switch, files = {"action": "store_true"}, {"nargs": "+", "metavar": "FILE"}
@@ -319,7 +318,7 @@ def check_config(cfg, problems, starts=True):
 
     `starts`: a training begins, from files that have to exist.
     """
-    divisor, count = 2 ** min(max(cfg.ENCODER_DEPTH, 0), 5), torch.cuda.device_count()
+    divisor, count = 2 ** np.clip(cfg.ENCODER_DEPTH, 3, 5), torch.cuda.device_count()
     devices = ["auto", "cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
     encoders, given = [f"efficientnet-b{i}" for i in range(8)], ("imagenet", "none")
     lone = set(cfg.IMG_PATCH_SIZE) == {divisor}  # the deepest features are one voxel
@@ -598,10 +597,8 @@ class Run:
         """
         if not first_process():
             return
-        told = (
-            f"{self.folder}: there are results in the output folder already.\nChoose another with"
-        )
-        told += " --output-dir, replace them with --overwrite, or go on with --resume."
+        told = f"{self.folder}: there are results in the output folder already.\nTake another with "
+        told += "--output-dir, replace them with --overwrite, or go on with --resume."
         require(replaceable or not self.results(), told)
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
@@ -612,16 +609,13 @@ class Run:
             raise ValueError(f"{self.folder}: another run is using this folder; wait") from None
         except OSError as error:
             raise ValueError(f"OUTPUT_DIR: expected a folder to write to ({error})") from None
-        # By runs that were killed; in the cache others may be writing.
         for left in {*self.folder.rglob(".writing-*")} - {*self.folder.rglob("cache/.writing-*")}:
-            left.unlink(missing_ok=True)
+            left.unlink(missing_ok=True)  # by killed runs; into the cache others may be writing
 
     def clear(self):
-        """Remove the results, the last weights first, and the folders that this empties."""
+        """Remove the results, the last weights first."""
         for path in self.results() if first_process() else []:
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # not empty
-                os.removedirs(path.parent)
 
 
 class Screen(logging.Handler):
