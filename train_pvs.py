@@ -10,8 +10,7 @@
 
 The method: build_transforms (scan to network), build_train_transforms (patches), build_model,
 loss_function, train_one_epoch, predict_prob (windows), decide (probability to mask), score_case.
-Two grids occur: the *native grid* of a scan file, and the *working grid* (RAS, `PIX_DIM`, cropped
-to the head) on which the network lives. Every score names its grid.
+Two grids: a scan's own *native grid*, the network's *working grid* (RAS, `PIX_DIM`, head only).
 """
 
 import argparse
@@ -517,7 +516,7 @@ def lacks_memory(error):
 
 
 def write_file(path, data):
-    """Write bytes or text so that the file appears whole or not at all, also after a power cut."""
+    """Write bytes or text so that the whole file appears or the former stays, as at a power cut."""
     path = Path(path)
     data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else memoryview(data)
     temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
@@ -530,8 +529,7 @@ def write_file(path, data):
         os.replace(temporary, path)
     except OSError as error:
         sizes = f"it takes {len(data) / 1e6:.1f} MB, {free_disk(path) / 1e6:.1f} MB are free"
-        told = f"{path}: cannot be written ({error.strerror}); {sizes}"
-        raise OSError(f"{told}. A former file of that name is as it was.") from None
+        raise OSError(f"{path}: cannot be written ({error.strerror}); {sizes}") from None
     finally:
         with suppress(OSError):  # it is there only after a failure
             temporary.unlink()
