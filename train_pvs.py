@@ -8,11 +8,9 @@
     python train_pvs.py --predict SCAN   segment new scans, files or BIDS folders
     torchrun --nproc_per_node=4 train_pvs.py   the same on several GPUs
 
-The method is eight functions: build_transforms (scan to network), build_train_transforms (patches),
-build_model, loss_function, train_one_epoch, predict_prob (windows), decide (probability to mask),
-score_case. The file reads in the order of a run; its settings come first. Two grids occur: the
-*native grid* of a scan file, and the *working grid* (RAS, `PIX_DIM`, cropped to the head) on which
-the network lives. Every score names its grid.
+The method: build_transforms (scan to network), build_train_transforms (patches), build_model,
+loss_function, train_one_epoch, predict_prob (windows), decide (probability to mask), score_case.
+Two grids: a scan's own *native grid*, the network's *working grid* (RAS, `PIX_DIM`, head only).
 """
 
 import argparse
@@ -35,20 +33,16 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import warnings
 import zipfile
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, which take seconds
-
-import matplotlib
+import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import torch
@@ -69,11 +63,9 @@ with warnings.catch_warnings():  # its timm 0.9.7 imports what is deprecated
     warnings.simplefilter("ignore")
     import segmentation_models_pytorch_3d as smp
 
-matplotlib.use("Agg")  # figures go to files; no screen is needed
-import matplotlib.pyplot as plt
-
+plt.switch_backend("Agg")  # figures go to files; no screen is needed
+plt.rcParams["text.parse_math"] = False  # a name may hold a $
 nib.imageglobals.logger.setLevel(logging.CRITICAL)  # its remarks name no file
-matplotlib.rcParams["text.parse_math"] = False  # a name may hold a $
 # Letters that the font lacks; headers, which are checked here; MONAI's own call; one copy.
 told = "Glyph .* missing|Extension size|.*always_return_as_numpy|Grad strides do not match"
 warnings.filterwarnings("ignore", told)
@@ -91,8 +83,8 @@ class Settings:
         for name, value in list(vars(cls).items()):
             if name.isupper():
                 cls.__annotations__.setdefault(name, object)
-                if value.__hash__ is None:  # a dataclass refuses lists and arrays
-                    setattr(cls, name, tuple(value))
+                # A dataclass refuses lists and arrays.
+                setattr(cls, name, tuple(value) if value.__hash__ is None else value)
         dataclass(frozen=True)(cls)
 
 
@@ -220,6 +212,18 @@ RECIPES = {  # named sets of flags, chosen with --recipe; one of your own is one
     "--batchnorm-momentum 0.1 --head-bias-log-odds --batch-size 1 --lr 5e-3 --lr-patience 0 "
     "--val-every 2 --sw-overlap 0.25 --num-workers 0",
 }
+LIMITS = (  # smallest and largest value of settings
+    (1, 10**6, "BATCH_SIZE ACCUMULATE_STEPS SW_BATCH_SIZE DECODER_WIDTH CROPS_PER_VOLUME"),
+    (1, 10**6, "EPOCHS VAL_EVERY EARLY_STOPPING"),
+    (0, 10**6, "NUM_WORKERS LR_PATIENCE LR_MIN WEIGHT_DECAY POS_NEG_RATIO SMALLEST_PVS"),
+    (1e-12, 10**6, "LR GRAD_CLIP"),
+    (1e-6, 0.999999, "TEST_FRACTION VAL_FRACTION LR_FACTOR THRESHOLD"),
+    (0, 0.999999, "EMA_DECAY BATCHNORM_MOMENTUM"),
+    (0, 0.9, "SW_OVERLAP"),
+    (0, 2**32 - 1, "SEED MAX_MINUTES"),
+    (3, 5, "ENCODER_DEPTH"),
+    (8, 1024, "IMG_PATCH_SIZE"),
+)
 SMALLEST_SIDE, LARGEST_SIDE = 0.1, 20  # mm, of the working grid's voxels
 
 HOW_TO_GET_DATA = """\
@@ -227,8 +231,7 @@ To get OpenNeuro ds005595 (200 subjects, 4 GB, CC0), one of:
   aws s3 sync --no-sign-request s3://openneuro.org/ds005595 ds005595-1.0.0
   openneuro-py download --dataset ds005595 --target-dir ds005595-1.0.0
   datalad install --get-data -s https://github.com/OpenNeuroDatasets/ds005595 ds005595-1.0.0
-then: python train_pvs.py --data-dir ds005595-1.0.0
-To see the pipeline work without any data: python train_pvs.py --demo"""
+then: python train_pvs.py --data-dir ds005595-1.0.0; without any data: python train_pvs.py --demo"""
 
 
 def names(*groups):
@@ -238,7 +241,7 @@ def names(*groups):
 
 def words(value):
     """Return a setting as log, help and messages show it."""
-    return (" ".join(map(str, value)) if isinstance(value, tuple) else str(value)) or "nothing"
+    return " ".join(map(str, value if isinstance(value, tuple | list) else [value])) or "nothing"
 
 
 def require(good, message, kind=ValueError):
@@ -247,179 +250,136 @@ def require(good, message, kind=ValueError):
         raise kind(message)
 
 
+def raise_wrong_settings(problems):
+    """Raise one ValueError that lists all sentences about settings; none, no error."""
+    require(not problems, "\n  ".join(["wrong settings:", *problems]))
+
+
 def build_parser():
     """Return the command line: a flag for each command, and one for each field of `Config`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        epilog="Exit status: 0 done, 1 failed or learned nothing, 2 wrong input, 130, 143 stopped.",
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: require(False, f"{message}; see --help")
     command, recipe = (parser.add_mutually_exclusive_group() for _ in range(2))
-    for group, flag, text in (
-        (command, "--check", "look the data over, print what a run would use, stop"),
-        (command, "--resume", "go on after an interruption, to the same weights as without one"),
-        (command, "--evaluate", "test and draw again; or score other scans, with --data-dir"),
-        (recipe, "--demo", "recipe demo, on simulated heads that it makes itself"),
-        (parser, "--overwrite", "replace the results in the output folder"),
+    switch, files = {"action": "store_true"}, {"nargs": "+", "metavar": "FILE"}
+    for group, flag, kind, text in (
+        (command, "--check", switch, "look the data over, print what a run would use, stop"),
+        (command, "--resume", switch, "go on after an interruption, as if there had been none"),
+        (command, "--evaluate", switch, "test and draw again, or other scans with --data-dir"),
+        (command, "--predict", files, "segment new scans, files or BIDS folders; trains nothing"),
+        (recipe, "--demo", switch, "recipe demo, on simulated heads that it makes itself"),
+        (recipe, "--recipe", {"choices": RECIPES}, "set of settings, default: published"),
+        (parser, "--checkpoint", files, "weights, not the run's best; of several the mean is used"),
+        (parser, "--overwrite", switch, "replace the results in the output folder"),
     ):
-        group.add_argument(flag, action="store_true", help=text)
-    text = "segment new scans: files, or BIDS folders; nothing is trained"
-    command.add_argument("--predict", nargs="+", metavar="SCAN", help=text)
-    text = "weights for --evaluate and --predict, of several the mean probability; default: "
-    text += "OUTPUT_DIR/checkpoints/best_model.pth"
-    parser.add_argument("--checkpoint", nargs="+", metavar="FILE", help=text)
-    recipe.add_argument("--recipe", choices=RECIPES, help="set of settings, default: published")
+        group.add_argument(flag, help=text, **kind)
     comments = dict(re.findall(r"^    ([A-Z]\w+)\b.*?  # (.*)$", Path(__file__).read_text(), re.M))
     for field in fields(Config):
-        text = f"{comments.get(field.name, '')}; default: {words(field.default)}"
-        kind = {"dest": field.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        text = f"{comments.get(field.name, '')}; default: {words(field.default)}".replace("%", "%%")
         model = PUBLISHED.get(field.name, field.default)
-        if isinstance(model, bool):
-            kind["action"] = argparse.BooleanOptionalAction
-        else:
-            kind |= {"metavar": "VALUE", "nargs": "+" if isinstance(model, tuple) else None}
+        kind = {"nargs": "+" if isinstance(model, tuple) else None}
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(model, bool) else kind
+        kind |= {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         parser.add_argument("--" + field.name.lower().replace("_", "-"), **kind)
     return parser
 
 
-def convert(name, value):
-    """Return a setting in the type of its published value, where it can be meant.
-
-    A number is taken for three equal ones, a list for a tuple, None for an empty text, 2.0 for 2.
-
-    Raises:
-        ValueError: says what was expected.
-    """
-    model = PUBLISHED.get(name, getattr(Config, name))
-    if not isinstance(model, tuple):
-        return convert_one(value, type(model))
-    values = [*value] if isinstance(value, tuple | list | np.ndarray) else [value]
-    values *= 3 if len(values) == 1 and len(model) == 3 else 1
-    require(len(values) == len(model), f"{len(model)} numbers")
-    return tuple(convert_one(one, type(model[0])) for one in values)
-
-
-def convert_one(value, kind):
-    """Return a value as text, True or False, whole or other number; see `convert`."""
-    if kind is str and isinstance(value, str | Path | None):
+def convert(value, kind):
+    """Return a value as text, True or False, whole or other number; an error if it is not one."""
+    if kind not in (bool, int, float):
         return os.path.expanduser(value or "")
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind in (int, float) and not isinstance(value, bool):
-        with suppress(TypeError, ValueError, OverflowError):
-            if float(value) == kind(float(value)):  # not so for NaN, or 2.5 as a whole number
-                return kind(float(value))
-    expected = {bool: "True or False", str: "text", int: "a whole number", float: "a number"}
-    raise ValueError(expected[kind])
+    number = kind(float(value))  # equal, but for NaN, or 2.5 as a whole number
+    require(number == float(value) and (kind is bool) == isinstance(value, bool), "another kind")
+    return number
 
 
 def convert_all(settings, problems):
-    """Return settings, converted; for each other add a sentence to `problems`, {field: ..}."""
-    converted = {}
-    for name, value in settings.items():
+    """Return settings in the types of their published values.
+
+    A number is taken for three equal ones, a list for a tuple, None for an empty text, 2.0 for 2.
+    For what cannot be meant so a sentence is added to `problems`, {field: sentence}.
+    """
+    converted, told = {}, {bool: "True or False", int: "a whole number", float: "a number"}
+    for name in filter(str.isupper, settings):  # the others are commands
+        model = PUBLISHED.get(name, getattr(Config, name, None))
+        models = model if isinstance(model, tuple) else (model,)
+        kind, values = type(models[0]), np.array(settings[name], object)
         try:
-            converted[name] = convert(name, value)
-        except ValueError as error:
-            problems[name] = f"{name}: expected {error}, got {words(value)}"
+            values = tuple(convert(value, kind) for value in np.broadcast_to(values, len(models)))
+            converted[name] = values if models is model else values[0]
+        except (TypeError, ValueError, OverflowError):
+            expected = told.get(kind, "a text") + f", {len(models)} times" * (models is model)
+            problems[name] = f"{name}: expected {expected}, got {words(settings[name])}"
     return converted
 
 
-def list_rules(cfg, starts):
-    """Return (fields, test of a value, what is expected) of all settings that have limits.
-
-    `starts`: whether the files are read from which a training begins.
-    """
-    divisor, side = 2 ** min(max(cfg.ENCODER_DEPTH, 0), 5), (SMALLEST_SIDE, LARGEST_SIDE)
-    lone = set(cfg.IMG_PATCH_SIZE) == {divisor}  # the deepest features are one voxel
-    apart = os.path.realpath(cfg.OUTPUT_DIR) != os.path.realpath(cfg.DATA_DIR)
-    several = "BATCH_SIZE ACCUMULATE_STEPS SW_BATCH_SIZE DECODER_WIDTH EPOCHS VAL_EVERY"
-    amounts = "POS_NEG_RATIO LR_PATIENCE NUM_WORKERS MAX_MINUTES SMALLEST_PVS WEIGHT_DECAY LR_MIN"
-    parts = "TEST_FRACTION VAL_FRACTION LR_FACTOR THRESHOLD"
-    crops = "more than 1 with such small patches (BatchNorm)"
-
-    def is_file(*instead):
-        return lambda value: value in instead or not starts or os.path.isfile(value)
-
-    return (
-        ("DATA_DIR OUTPUT_DIR IMAGE_GLOB LABEL_GLOB", str.strip, "a value"),
-        ("IMAGE_GLOB LABEL_GLOB", lambda v: not os.path.isabs(v), "a pattern below DATA_DIR"),
-        ("OUTPUT_DIR", lambda v: apart, "another folder than DATA_DIR"),
-        ("SPLIT", lambda v: not (v and cfg.FOLDS), "none together with FOLDS"),
-        ("SPLIT", is_file(""), "a JSON file that exists"),
-        ("ENCODER_WEIGHTS", is_file("imagenet", "none"), "imagenet, none or a file that exists"),
-        ("INIT_FROM", is_file(""), "a checkpoint that exists"),
-        ("ARCHITECTURE", NETWORKS.__contains__, " or ".join(NETWORKS)),
-        ("ENCODER_NAME", re.compile("efficientnet-b[0-7]").fullmatch, "efficientnet-b0 to -b7"),
-        ("ENCODER_DEPTH", (3, 4, 5).__contains__, "3, 4 or 5"),
-        ("DEVICE", device_works, "auto, cpu, or cuda (cuda:1, ..) where there is one"),
-        ("SEED", lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295"),
-        (several, lambda v: 1 <= v <= 1e6, "a number from 1 to 1000000"),
-        ("EARLY_STOPPING CROPS_PER_VOLUME", lambda v: 1 <= v <= 1e6, "a number from 1 to 1000000"),
-        ("LR GRAD_CLIP", lambda v: 0 < v <= 1e6, "a number above 0"),
-        (amounts, lambda v: 0 <= v <= 1e6, "a number from 0 to 1000000"),
-        (parts, lambda v: 0 < v < 1, "a number above 0 and below 1"),
-        ("EMA_DECAY BATCHNORM_MOMENTUM", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
-        ("SW_OVERLAP", lambda v: 0 <= v <= 0.9, "a number from 0 to 0.9"),
-        ("FOLDS", lambda v: v == 0 or 2 <= v <= 1000, "2 or more, or 0"),
-        ("FOLD", range(min(cfg.FOLDS, 1), cfg.FOLDS + 1).__contains__, "a number from 1 to FOLDS"),
-        ("PIX_DIM", lambda v: not any(v) or v == tuple(np.clip(v, *side)), "0.1 to 20, or 0 0 0"),
-        ("INTENSITY_PERCENTILES", lambda v: 0 <= v[0] < v[1] <= 100, "two rising numbers to 100"),
-        ("IMG_PATCH_SIZE", lambda v: not np.mod(v, divisor).any(), f"multiples of {divisor}"),
-        ("IMG_PATCH_SIZE", lambda v: min(v) >= 8 and max(v) <= 1024, "numbers from 8 to 1024"),
-        ("IMG_PATCH_SIZE", lambda v: not lone or cfg.ARCHITECTURE != "dynunet", "more for dynunet"),
-        ("CROPS_PER_VOLUME", lambda v: v > 1 or not lone, crops),
-    )
-
-
 def check_config(cfg, problems, starts=True):
-    """Add a sentence to `problems`, {field: sentence}, for each wrong setting that is not there."""
-    for limited, good, expected in list_rules(cfg, starts):
+    """Add a sentence to `problems`, {field: sentence}, for each wrong setting that is not there.
+
+    `starts`: a training begins, from files that have to exist.
+    """
+    divisor, count = 2 ** np.clip(cfg.ENCODER_DEPTH, 3, 5), torch.cuda.device_count()
+    devices = ["auto", "cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
+    encoders, given = [f"efficientnet-b{i}" for i in range(8)], ("imagenet", "none")
+    lone = set(cfg.IMG_PATCH_SIZE) == {divisor}  # the deepest features are one voxel
+    low, high = cfg.INTENSITY_PERCENTILES
+    sides = tuple(np.clip(cfg.PIX_DIM, SMALLEST_SIDE, LARGEST_SIDE))
+    output, data = map(os.path.realpath, (cfg.OUTPUT_DIR, cfg.DATA_DIR))
+    files = (cfg.SPLIT, cfg.INIT_FROM, cfg.ENCODER_WEIGHTS)
+    split, start, weights = (not starts or os.path.isfile(file) for file in files)
+    rules = [
+        *((name, getattr(cfg, name).strip(), "a value") for name in names(Data) | {"OUTPUT_DIR"}),
+        ("OUTPUT_DIR", output != data, "another folder than DATA_DIR"),
+        ("SPLIT", not (cfg.SPLIT and cfg.FOLDS), "none together with FOLDS"),
+        ("SPLIT", split or not cfg.SPLIT, "a JSON file that exists"),
+        ("INIT_FROM", start or not cfg.INIT_FROM, "a checkpoint that exists"),
+        ("ENCODER_WEIGHTS", weights or cfg.ENCODER_WEIGHTS in given, "imagenet, none, or a file"),
+        ("ENCODER_NAME", cfg.ENCODER_NAME in encoders, "efficientnet-b0 to efficientnet-b7"),
+        ("ARCHITECTURE", cfg.ARCHITECTURE in NETWORKS, " or ".join(NETWORKS)),
+        ("DEVICE", cfg.DEVICE in devices, " or ".join(devices)),
+        ("FOLDS", cfg.FOLDS == 0 or 2 <= cfg.FOLDS <= 1000, "2 to 1000, or 0"),
+        ("FOLD", min(cfg.FOLDS, 1) <= cfg.FOLD <= cfg.FOLDS, "a number from 1 to FOLDS"),
+        ("PIX_DIM", not any(cfg.PIX_DIM) or sides == cfg.PIX_DIM, "0.1 to 20, or 0 0 0"),
+        ("INTENSITY_PERCENTILES", 0 <= low < high <= 100, "two rising numbers to 100"),
+        ("IMG_PATCH_SIZE", not any(np.mod(cfg.IMG_PATCH_SIZE, divisor)), f"multiples of {divisor}"),
+        ("IMG_PATCH_SIZE", not lone or cfg.ARCHITECTURE != "dynunet", "more for dynunet"),
+        ("CROPS_PER_VOLUME", not lone or cfg.CROPS_PER_VOLUME > 1, "2 or more in so small patches"),
+    ]
+    for low, high, limited in LIMITS:
         for name in limited.split():
-            value = getattr(cfg, name)
-            if name not in problems and not good(value):
-                problems[name] = f"{name}: expected {expected}, got {words(value)}"
-
-
-def raise_wrong_settings(problems):
-    """Raise one ValueError that lists all sentences about settings; none, no error."""
-    lines = "\n  ".join(["wrong settings:", *problems])
-    require(not problems, lines)
+            within = np.array_equal(np.clip(getattr(cfg, name), low, high), getattr(cfg, name))
+            rules.append((name, within, f"a number from {low} to {high}"))
+    for name, good, expected in rules:
+        if not good:
+            problems.setdefault(
+                name, f"{name}: expected {expected}, got {words(getattr(cfg, name))}"
+            )
 
 
 def parse_command_line(argv):
     """Return (Config, options); a flag wins over the recipe, the recipe over Config in this file.
 
     options.given, .of_recipe, .edited: the settings of flags, recipe, and the file where edited.
-
-    Raises:
-        ValueError: lists every wrong setting by the name of its field.
+    A ValueError lists every wrong setting by the name of its field.
     """
     parser, problems = build_parser(), {}
     options = parser.parse_args(argv)
     options.recipe = "demo" if options.demo else options.recipe or "published"
-    of_recipe = parser.parse_args(RECIPES[options.recipe].split())
-    of_recipe, given = (
-        convert_all({k: v for k, v in vars(o).items() if k.isupper()}, problems)
-        for o in (of_recipe, options)
-    )
-    in_file = convert_all({field.name: field.default for field in fields(Config)}, problems)
-    edited = {k: v for k, v in in_file.items() if v != PUBLISHED.get(k, v)}
-    trained = options.evaluate or options.predict
-    if options.checkpoint and not trained:
-        problems["checkpoint"] = "--checkpoint: expected together with --evaluate or --predict"
-    if options.predict and process_number("WORLD_SIZE") > 1:
-        problems["predict"] = "--predict: works in one process; start it without torchrun"
+    sources = (Config(), parser.parse_args(RECIPES[options.recipe].split()), options)
+    in_file, of_recipe, given = (convert_all(vars(source), problems) for source in sources)
+    edited = {name: value for name, value in in_file.items() if value != PUBLISHED.get(name, value)}
+    options.given, options.of_recipe, options.edited = given, of_recipe, edited
+    trained, alone = options.evaluate or options.predict, process_number("WORLD_SIZE") == 1
+    require(trained or not options.checkpoint, "--checkpoint: expected --evaluate or --predict")
+    require(alone or not options.predict, "--predict: works in one process, not with torchrun")
     if options.demo:
         if "DATA_DIR" in given:
             problems["demo"] = "DATA_DIR: --demo makes its data; for your own use --recipe demo"
         given.setdefault("OUTPUT_DIR", "outputs_3d_demo")
-        given["DATA_DIR"] = str(Path(given["OUTPUT_DIR"]) / "data")
+        given["DATA_DIR"] = str(Path(given["OUTPUT_DIR"], "data"))
     cfg = replace(Config(**PUBLISHED), **in_file | of_recipe | given)
     if not (options.resume or trained):  # else the checkpoint's settings are checked
         check_config(cfg, problems)
     raise_wrong_settings(problems.values())
-    options.given, options.of_recipe, options.edited = given, of_recipe, edited
     if cfg.FOLD and not trained:
         cfg = replace(cfg, OUTPUT_DIR=str(Path(cfg.OUTPUT_DIR, f"fold-{cfg.FOLD}")))
     return cfg, options
@@ -444,15 +404,14 @@ def joined_processes(cfg):
     if process_number("WORLD_SIZE") == 1:
         yield
         return
-    backends = "gloo"
-    if choose_device(cfg).type == "cuda":
-        count = torch.cuda.device_count()
+    on_gpus, count = choose_device(cfg).type == "cuda", torch.cuda.device_count()
+    if on_gpus:
         good = process_number("LOCAL_WORLD_SIZE") <= count and cfg.DEVICE in ("auto", "cuda")
-        told = f"expected auto or cuda, and at most {count} processes, one a GPU"
-        require(good, f"DEVICE: {told}, with torchrun")
+        told = f"DEVICE: expected auto or cuda, and at most {count} processes, one a GPU"
+        require(good, f"{told}, with torchrun")
         torch.cuda.set_device(process_number("LOCAL_RANK"))
-        backends = "cpu:gloo,cuda:nccl"
     # Long, since a process may prepare its scans for hours; one that ends is noticed at once.
+    backends = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     dist.init_process_group(backends, timeout=timedelta(hours=12))
     yield
     dist.destroy_process_group()  # not after an error: other processes may hang
@@ -465,10 +424,9 @@ def share(items):
 
 def gather(part):
     """Return the whole list, in its order, of which every process has its `share`."""
-    if process_number("WORLD_SIZE") == 1:
-        return part
-    parts = [None] * process_number("WORLD_SIZE")
-    dist.all_gather_object(parts, part)
+    parts = [part] * process_number("WORLD_SIZE")
+    if len(parts) > 1:
+        dist.all_gather_object(parts, part)
     return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
 
 
@@ -476,12 +434,6 @@ def wait_for_all():
     """Return when all processes have come here."""
     if process_number("WORLD_SIZE") > 1:
         dist.barrier()
-
-
-def device_works(name):
-    """Return whether DEVICE names a device of this machine; nothing is put on it."""
-    number = re.fullmatch(r"cuda:?(\d*)", name)
-    return int(number[1] or 0) < torch.cuda.device_count() if number else name in ("auto", "cpu")
 
 
 def choose_device(cfg):
@@ -500,8 +452,7 @@ def worker_count(cfg):
 def has_level_of_side_2(cfg):
     """Return whether a 3 x 3 x 3 convolution of the network meets features whose first side is 2.
 
-    On CPUs with AVX512_BF16 torch 2.14.1 then gives bfloat16 weight gradients that are noise,
-    another at each call and without an error; sides of 1, 3 and more are right.
+    torch 2.14.1 then gives noise as bfloat16 weight gradients on CPUs with AVX512_BF16.
     """
     levels = cfg.ENCODER_DEPTH + (cfg.ARCHITECTURE == "dynunet")  # UNet++'s deepest has none
     return cfg.IMG_PATCH_SIZE[0] in [2 ** (level + 1) for level in range(levels)]
@@ -529,43 +480,30 @@ stop_signals = []  # that were received; the loops of `Progress` look here
 
 @contextmanager
 def stopping_on_signals():
-    """Let SIGINT and SIGTERM raise KeyboardInterrupt after the step in hand, a second end at once.
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt, a second one end the process at once."""
 
-    In a thread that is not the main one signals are the caller's.
-    """
-    stop_signals.clear()
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    run = os.getpid()
-
-    def stop(number, _):
+    def stop(number, _, run=os.getpid()):  # noqa: B008
         if stop_signals or os.getpid() != run:  # or a worker that has just begun
             os._exit(128 + number)
         stop_signals.append(number)
         raise KeyboardInterrupt
 
-    former = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    stop_signals.clear()
+    with ExitStack() as former:
+        with suppress(ValueError):  # in a thread, where signals are the caller's
+            for number in (signal.SIGINT, signal.SIGTERM):
+                former.callback(signal.signal, number, signal.signal(number, stop))
         yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def leave_signals_to_the_run(_):
-    """Let a worker pass over signals, which terminals and schedulers send to all processes.
-
-    It ends with the run: torch looks every five seconds whether that lives.
-    """
+    """Let a worker pass over signals, which all processes get; it ends with the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-OUT_OF_MEMORY = (
-    "To need less: --sw-batch-size 1; in training also --batch-size 1 --accumulate-steps 2 (the "
-    "recipe's step in two halves), or smaller --crops-per-volume or --img-patch-size."
-)
+OUT_OF_MEMORY = "To need less: --sw-batch-size 1; in training also --batch-size 1 "
+OUT_OF_MEMORY += "--accumulate-steps 2, or smaller --crops-per-volume or --img-patch-size."
 
 
 def lacks_memory(error):
@@ -578,28 +516,23 @@ def lacks_memory(error):
 
 
 def write_file(path, data):
-    """Write bytes or text so that the file appears whole or not at all, also after a power cut.
-
-    Raises:
-        OSError: names the file, what it takes and what is free; a former file is as it was.
-    """
+    """Write bytes or text so that the whole file appears or the former stays, as at a power cut."""
     path = Path(path)
     data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else memoryview(data)
     temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     except OSError as error:
         sizes = f"it takes {len(data) / 1e6:.1f} MB, {free_disk(path) / 1e6:.1f} MB are free"
-        told = f"{path}: cannot be written ({error.strerror}); {sizes}"
-        raise OSError(f"{told}. A former file of that name is as it was.") from None
+        raise OSError(f"{path}: cannot be written ({error.strerror}); {sizes}") from None
+    finally:
+        with suppress(OSError):  # it is there only after a failure
+            temporary.unlink()
 
 
 def free_disk(path):
@@ -621,9 +554,7 @@ def read_json(path):
 def write_csv(path, rows):
     """Write dicts of the same keys as a table; None becomes an empty cell."""
     buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
+    csv.writer(buffer).writerows([rows[0], *(row.values() for row in rows)])
     write_file(path, buffer.getvalue())
 
 
@@ -635,16 +566,11 @@ def write_torch(path, content):
 
 
 FILES = {  # of a run, in the order in which --overwrite gives them up
-    "last": "checkpoints/last.pth",
-    "best": "checkpoints/best_model.pth",
-    "history": "logs/training_history.json",
-    "split": "logs/split.json",
-    "scores": "logs/comprehensive_test_metrics.json",
-    "table": "logs/test_metrics.csv",
-    "burden": "logs/participants_pvs.csv",
-    "overview": "test_set_visualization_grid_300dpi.jpg",
-    "agreement": "agreement.jpg",
-    "curves": "training_curves.jpg",
+    **{"last": "checkpoints/last.pth", "best": "checkpoints/best_model.pth"},
+    **{"history": "logs/training_history.json", "split": "logs/split.json"},
+    **{"scores": "logs/comprehensive_test_metrics.json", "table": "logs/test_metrics.csv"},
+    **{"burden": "logs/participants_pvs.csv", "curves": "training_curves.jpg"},
+    **{"overview": "test_set_visualization_grid_300dpi.jpg", "agreement": "agreement.jpg"},
 }
 
 
@@ -663,40 +589,31 @@ class Run:
         return [f for p in (*FILES.values(), *patterns) for f in self.folder.glob(p)]
 
     def open(self, name, replaceable, anew=False):
-        """Lock the folder and keep the messages in `logs/<name>.log`; `anew`: remove the results.
+        """Lock the folder and keep the messages in `logs/<name>.log`; `anew`: in an empty one.
 
-        Raises:
-            ValueError: it holds results that nothing says may be replaced; another run works there.
+        A ValueError where it holds results that may not be replaced, or another run works there.
         """
         if not first_process():
             return
-        found = self.results()
-        require(
-            replaceable or not found,
-            f"{[*map(str, found[:1])]}: there are results in the output folder already.\nChoose another with "
-            "--output-dir, replace them with --overwrite, or go on with a training with --resume.",
-        )
+        told = f"{self.folder}: there are results in the output folder already.\nTake another with "
+        told += "--output-dir, replace them with --overwrite, or go on with --resume."
+        require(replaceable or not self.results(), told)
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.logs / ".lock", "a")  # noqa: SIM115, held as long as the run
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
-            file = logging.FileHandler(self.logs / f"{name}.log", "w" if anew else "a", "utf-8")
+            log.addHandler(logging.FileHandler(self.logs / f"{name}.log", "w" if anew else "a"))
         except BlockingIOError:
-            told = "another run is using this folder; wait, or choose another with --output-dir"
-            raise ValueError(f"{self.folder}: {told}") from None
+            raise ValueError(f"{self.folder}: another run is using this folder; wait") from None
         except OSError as error:
             raise ValueError(f"OUTPUT_DIR: expected a folder to write to ({error})") from None
-        log.addHandler(file)
-        for left in self.folder.rglob(".writing-*"):  # by runs that were killed
-            if left.parent.name != "cache":  # where others may be writing
-                left.unlink(missing_ok=True)
+        for left in {*self.folder.rglob(".writing-*")} - {*self.folder.rglob("cache/.writing-*")}:
+            left.unlink(missing_ok=True)  # by killed runs; into the cache others may be writing
 
     def clear(self):
-        """Remove the results, the last weights first, and the folders that this empties."""
+        """Remove the results, the last weights first."""
         for path in self.results() if first_process() else []:
             path.unlink(missing_ok=True)
-            with suppress(OSError):  # not empty
-                os.removedirs(path.parent)
 
 
 class Screen(logging.Handler):
@@ -712,19 +629,15 @@ class Screen(logging.Handler):
 
 @contextmanager
 def logging_to_screen():
-    """Show messages on the screen; `Run.open` adds a file. Only the first process tells of work."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # of a notebook, which prints all letters
-            stream.reconfigure(errors="backslashreplace")
+    """Show messages of the first process, and all errors; `Run.open` adds a file."""
     log.setLevel(logging.INFO if first_process() else logging.ERROR)
     log.propagate = False
     log.addHandler(Screen())
     try:
         yield
     finally:
-        for handler in log.handlers[:]:
-            log.removeHandler(handler)
-            handler.close()
+        while log.handlers:
+            log.handlers.pop().close()
 
 
 class Progress(tqdm):
