@@ -42,6 +42,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, which take seconds
+
 import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
@@ -602,7 +605,8 @@ class Run:
             self.logs.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.logs / ".lock", "a")  # noqa: SIM115, held as long as the run
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
-            log.addHandler(logging.FileHandler(self.logs / f"{name}.log", "w" if anew else "a"))
+            path, text = self.logs / f"{name}.log", {"encoding": "utf-8", "errors": "replace"}
+            log.addHandler(logging.FileHandler(path, "w" if anew else "a", **text))
         except BlockingIOError:
             raise ValueError(f"{self.folder}: another run is using this folder; wait") from None
         except OSError as error:
@@ -611,9 +615,11 @@ class Run:
             left.unlink(missing_ok=True)  # by killed runs; into the cache others may be writing
 
     def clear(self):
-        """Remove the results, the last weights first."""
+        """Remove the results, the last weights first, and the folders that this empties."""
         for path in self.results() if first_process() else []:
             path.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                os.removedirs(path.parent)
 
 
 class Screen(logging.Handler):
@@ -630,6 +636,9 @@ class Screen(logging.Handler):
 @contextmanager
 def logging_to_screen():
     """Show messages of the first process, and all errors; `Run.open` adds a file."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # of a notebook, which prints all letters
+            stream.reconfigure(errors="backslashreplace")
     log.setLevel(logging.INFO if first_process() else logging.ERROR)
     log.propagate = False
     log.addHandler(Screen())
