@@ -754,7 +754,6 @@ class Progress(tqdm):
 
 BOTH = ("image", "label")  # the volumes of a case
 NIFTI = (".nii", ".nii.gz")
-LARGEST_VOLUME = 2**29  # voxels, 800 along each axis: what claims more is no scan of a head
 READ_ERRORS = (  # of nibabel, gzip and torch.load on damaged files
     *(OSError, EOFError, ValueError, TypeError, OverflowError, LookupError, AttributeError),
     *(RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, nib.wrapstruct.WrapStructError),
@@ -801,7 +800,7 @@ def bids_entities(path):
 
 
 def make_cases(pairs, problems, remedy):
-    """Return the Cases of (scan, mask or "") pairs; raise the problems, and those of their names."""
+    """Return the Cases of (scan, mask or "") pairs; raise the problems and those of their names."""
     cases = {}
     for image, label in pairs:
         found = {"sub": "", "ses": ""} | bids_entities(image)  # these first
@@ -882,7 +881,7 @@ def read_header(path):
     limits = "voxel sides of 0.05 to 20 mm, within 10 m of the origin (another unit?)"
     for good, expected, got in (
         (len(shape) == 3 and min(shape) > 1, "a 3D volume", f"shape {volume.shape}"),
-        (math.prod(shape) <= LARGEST_VOLUME, f"at most {LARGEST_VOLUME} voxels", f"shape {shape}"),
+        (math.prod(shape) <= 2**29, f"at most {2**29} voxels", f"shape {shape}"),  # 800 an axis
         (kind.kind in "iuf", "voxels that are real numbers", kind),
         (upright > 0.1, "an affine that can be inverted", affine.tolist()),
         (near, limits, affine.tolist()),
@@ -926,8 +925,7 @@ def read_scan(path):
 def read_pair(case):
     """Return {"image", "label"} of a case, each (1, X, Y, Z), and sentences to warn with.
 
-    The label gets the affine of its scan, which may differ by half a voxel at the corners. A
-    ValueError has a sentence for each file that is wrong, or for how they do not fit.
+    The label gets the affine of its scan, which may differ by half a voxel at the corners.
     """
     volumes, problems = {}, []
     for key, read in (("image", read_scan), ("label", read_volume)):
@@ -939,10 +937,11 @@ def read_pair(case):
         problems.append(f"{case.label}: expected whole numbers in a mask, got fractions")
     if problems:
         raise ValueError(*problems)
-    (shape, affine), (got, other) = ((tuple(v.shape[1:]), v.affine) for v in volumes.values())
+    shape, got = (tuple(volume.shape[1:]) for volume in volumes.values())
     require(shape == got, f"{case.label}: expected the scan's shape {shape}, got {got}")
+    affine, other = (volume.affine.numpy() for volume in volumes.values())
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
-    moved = np.linalg.solve(affine, other.numpy() @ corners) - corners
+    moved = np.linalg.solve(affine, other @ corners) - corners
     shift = np.linalg.norm(moved[:3], axis=0).max()
     told = f"{case.label}: its affine puts corners {shift:.2f} voxels from the scan's"
     axes, own = ("".join(nib.aff2axcodes(a)) for a in (other, affine))
@@ -1130,7 +1129,6 @@ def build_train_transforms(cfg):
 # ------------------------------------------------------------------------------- Cache and loaders
 
 BACKGROUND_SAMPLE = 100_000  # voxels kept as centres of negative patches; all would take 8 B each
-CACHE_BYTES = 2.2  # a voxel of an uncropped scan: 3.2 in the head's box, which is some two thirds
 
 
 def cache_folder(cfg):
@@ -1212,8 +1210,8 @@ def check_free_disk(cases, cfg):
         with suppress(ValueError, OSError):  # told by `prepare`
             if not cache_path(case, cfg).exists():
                 volume, shape = read_header(case.image)
-                voxels = math.prod(shape) * np.linalg.det(volume.affine[:3, :3])
-                needed += CACHE_BYTES * abs(voxels) / math.prod(cfg.PIX_DIM)
+                mm3 = math.prod(shape) * abs(np.linalg.det(volume.affine[:3, :3]))
+                needed += 2.2 * mm3 / math.prod(cfg.PIX_DIM)  # bytes: 3.2 in the head's box
     free = free_disk(folder)
     told = f"the cache takes some {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; free some, "
     require(needed <= free, f"{folder}: {told}or choose another folder with --cache-dir")
