@@ -863,6 +863,7 @@ def explain(error):
     return " ".join(told.split())[:200] + (way if isinstance(error, FileNotFoundError) else "")
 
 
+@np.errstate(all="ignore")  # of an affine with inf or NaN
 def read_header(path):
     """Return a NIfTI file as a nibabel image, voxels not read yet, and its 3D shape (X, Y, Z).
 
