@@ -676,13 +676,10 @@ class Progress(tqdm):
 
 BOTH = ("image", "label")  # the volumes of a case
 NIFTI = (".nii", ".nii.gz")
-VOXEL_SIDES, FARTHEST = (0.05, 20), 10_000  # mm
-LARGEST_VOLUME = 2**29  # voxels, 800 along each axis: what claims more is no scan of a head
 READ_ERRORS = (  # of nibabel, gzip and torch.load on damaged files
     *(OSError, EOFError, ValueError, TypeError, OverflowError, LookupError, AttributeError),
-    *(RuntimeError, MemoryError, zlib.error, pickle.UnpicklingError, zipfile.BadZipFile),
-    *(nib.spatialimages.HeaderDataError, nib.filebasedimages.ImageFileError),
-    nib.wrapstruct.WrapStructError,
+    *(RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, nib.wrapstruct.WrapStructError),
+    *(nib.spatialimages.HeaderDataError, nib.filebasedimages.ImageFileError, zlib.error),
 )
 
 
@@ -704,129 +701,95 @@ class Case:
     warnings: tuple = ()
 
 
-def bids_entities(path):
-    """Return a BIDS name's entities: sub-01_ses-2_T2w.nii.gz gives {"sub": "01", "ses": "2"}."""
-    stem = Path(path).name.split(".nii")[0]
-    return dict(part.split("-", 1) for part in stem.split("_") if "-" in part)
-
-
-def make_case(image, label=""):
-    """Return the Case of a scan; without `sub-` the file name's letters and digits make one."""
-    found = bids_entities(image)
-    found = found if "sub" in found else {"sub": Path(image).name.split(".nii")[0]}
-    order = sorted(found, key=lambda key: (key != "sub", key != "ses"))  # the others stay
-    kept = [key for key in order if key.isalnum() and key not in ("desc", "label")]
-    texts = {key: re.sub("[^0-9A-Za-z]", "", found[key]) for key in kept}
-    name = "_".join(f"{key}-{text}" for key, text in texts.items() if text)
-    return Case(f"sub-{texts['sub']}", name, str(image), str(label))
-
-
 def raise_problems(problems, remedy):
     """Raise one ValueError that lists all problems and ends with what to do; none, no error."""
     title = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the data:"
-    lines = "\n  ".join([title, *problems])
-    require(not problems, f"{lines}\n{remedy} Nothing was done.")
+    require(not problems, "\n  ".join([title, *problems]) + f"\n{remedy} Nothing was done.")
 
 
 def find_files(folder, pattern):
-    """Return the NIfTI files below `folder` that fit the glob, sorted."""
+    """Return the paths of the NIfTI files below `folder` that fit the glob, sorted."""
     try:
-        return sorted(path for path in Path(folder).glob(pattern) if path.name.endswith(NIFTI))
+        return [str(p) for p in sorted(Path(folder).glob(pattern)) if p.name.endswith(NIFTI)]
     except (ValueError, IndexError, NotImplementedError) as error:
         raise ValueError(f"{pattern}: expected a pattern for files ({error})") from None
 
 
+def bids_entities(path):
+    """Return a name's entities but desc and label: sub-01_ses-2_T2w gives sub: 01, ses: 2."""
+    parts = Path(path).name.split(".nii")[0].split("_")
+    return dict(part.split("-", 1) for part in parts if re.match(r"(?!desc-|label-)\w+-", part))
+
+
+def make_cases(pairs, problems, remedy):
+    """Return the Cases of (scan, mask or "") pairs; raise the problems and those of their names."""
+    cases = {}
+    for image, label in pairs:
+        found = {"sub": "", "ses": ""} | bids_entities(image)  # these first
+        found = found if found["sub"] else {"sub": Path(image).name.split(".nii")[0]}
+        texts = {key: re.sub("[^0-9A-Za-z]", "", text) for key, text in found.items()}
+        name = "_".join(f"{key}-{text}" for key, text in texts.items() if text)
+        case = Case(f"sub-{texts['sub']}", name, image, label)
+        other = cases.setdefault(name, case)
+        told = f"{other.image} and {image}: expected names that differ, both would give {name}"
+        told = told if texts["sub"] else f"{image}: expected letters or digits in the name"
+        problems += [told] if other is not case or not texts["sub"] else []
+    raise_problems(problems, remedy)
+    return [*cases.values()]
+
+
 def find_cases(cfg):
-    """Pair scans and masks.
+    """Pair scans and masks, or list all names that do not pair; scans without a mask are left out.
 
-    A mask fits a scan whose name holds all entities of the mask, `desc` and `label` apart. Scans
-    without a mask are logged and left out.
-
-    Raises:
-        FileNotFoundError: no scan or no mask; says how to get the data.
-        ValueError: lists names without sub-, masks without a scan, and masks or scans with more
-            than one partner.
+    A mask fits a scan whose name holds all entities of the mask, `desc` and `label` apart.
     """
-    images = find_files(cfg.DATA_DIR, cfg.IMAGE_GLOB)
-    labels = find_files(cfg.DATA_DIR, cfg.LABEL_GLOB)
-    found = f"{len(images)} scans {cfg.IMAGE_GLOB}, {len(labels)} masks {cfg.LABEL_GLOB}"
+    scans, masks = (find_files(cfg.DATA_DIR, p) for p in (cfg.IMAGE_GLOB, cfg.LABEL_GLOB))
+    found = f"{len(scans)} scans {cfg.IMAGE_GLOB}, {len(masks)} masks {cfg.LABEL_GLOB}"
     told = f"{cfg.DATA_DIR}: expected scans and masks, found {found}\n{HOW_TO_GET_DATA}"
-    require(images and labels, told, FileNotFoundError)
-    problems, masks_of = [], {image: [] for image in images}
-    entities = {path: bids_entities(path) for path in images + labels}
-    problems += [
-        f"{path}: expected a name with sub-" for path in entities if "sub" not in entities[path]
-    ]
-    for label in [] if problems else labels:
-        wanted = {k: v for k, v in entities[label].items() if k not in ("desc", "label")}.items()
-        fitting = [image for image in images if wanted <= entities[image].items()]
-        if len(fitting) == 1:
-            masks_of[fitting[0]].append(label)
-        else:
-            found = " and ".join(map(str, fitting)) or "none"
-            problems.append(f"{label}: expected one scan for this mask, found {found}")
-    for image, masks in masks_of.items():
-        if len(masks) > 1:
-            found = " and ".join(map(str, masks))
-            problems.append(f"{image}: expected one mask for this scan, found {found}")
-        if not masks and not problems:
-            log.warning("Warning: left out, no mask: %s", image)
-    cases = [make_case(image, masks[0]) for image, masks in masks_of.items() if masks]
+    require(scans and masks, told, FileNotFoundError)
+    entities = {path: bids_entities(path).items() for path in scans + masks}
+    bare = [path for path, found in entities.items() if "sub" not in dict(found)]
+    problems = [f"{path}: expected a name with sub-" for path in bare]
+    pairs = [(s, m) for s in scans for m in masks if not bare and entities[m] <= entities[s]]
+    groups = [("scan for this mask", m, [s for s, mask in pairs if mask == m]) for m in masks]
+    groups += [("mask for this scan", s, [m for scan, m in pairs if scan == s]) for s in scans]
+    for wanted, path, found in [] if bare else groups:
+        if len(found) > 1 or (not found and path in masks):
+            told = " and ".join(found) or "none"
+            problems.append(f"{path}: expected one {wanted}, found {told}")
+        elif not found and not problems:
+            log.warning("Warning: left out, no mask: %s", path)
     remedy = "Remove or rename files, or narrow IMAGE_GLOB and LABEL_GLOB."
-    raise_problems(problems + list_clashes(cases), remedy)
-    return cases
-
-
-def list_clashes(cases):
-    """Return a sentence for each case without a name, or with that of another."""
-    first = {}
-    for case in cases:
-        first.setdefault(case.name, case)
-    clash = "expected names that differ, both would give"
-    pairs = [(first[case.name], case) for case in cases if first[case.name] is not case]
-    bare = [
-        f"{c.image}: expected letters or digits in the name" for c in cases if c.subject == "sub-"
-    ]
-    return bare or [f"{one.image} and {two.image}: {clash} {two.name}" for one, two in pairs]
+    return make_cases([] if problems else pairs, problems, remedy)
 
 
 def find_scans(places, cfg):
-    """Return the cases (without a label) of files and BIDS folders that are to be segmented.
-
-    Raises:
-        ValueError: lists what is no scan, folders without scans, and scans whose predictions would
-            bear one name.
-    """
-    paths, problems = [], []
+    """Return the cases, without a label, of the files and BIDS folders to be segmented."""
+    pairs, problems = [], []
     for place in places:
-        if os.path.realpath(place) == os.path.realpath(cfg.OUTPUT_DIR):
-            problems.append(f"{place}: expected another folder than OUTPUT_DIR")
         is_scan = place.endswith(NIFTI) and os.path.isfile(place)
-        found = [Path(place)] if is_scan else find_files(place, cfg.IMAGE_GLOB)
-        if not found:
-            told = f"expected a .nii or .nii.gz file, or a folder with scans {cfg.IMAGE_GLOB}"
-            problems.append(f"{place}: {told} (--image-glob names others)")
-        paths += found
-    cases = [make_case(path) for path in paths]
+        found = [place] if is_scan else find_files(place, cfg.IMAGE_GLOB)
+        told = f"a .nii or .nii.gz file, or a folder with scans {cfg.IMAGE_GLOB} (--image-glob)"
+        if os.path.realpath(place) == os.path.realpath(cfg.OUTPUT_DIR):
+            found, told = [], "another folder than OUTPUT_DIR"
+        problems += [] if found else [f"{place}: expected {told}"]
+        pairs += [(path, "") for path in found]
     remedy = "Give NIfTI files and BIDS folders; scans that would bear one name in separate runs."
-    raise_problems(problems + list_clashes(cases), remedy)
-    return cases
+    return make_cases(pairs, problems, remedy)
 
 
 def explain(error):
     """Return why a file cannot be read, in a line."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file, or a link to a missing one; with DataLad: datalad get"
-    told = getattr(error, "strerror", None) or str(error).split(". ")[0] or type(error).__name__
-    return " ".join(told.split())[:200]
+    told = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    way = " (a link to a missing one?); with DataLad: datalad get"
+    return " ".join(told.split())[:200] + (way if isinstance(error, FileNotFoundError) else "")
 
 
+@np.errstate(all="ignore")  # of an affine with inf or NaN
 def read_header(path):
-    """Return a NIfTI file as a nibabel image whose voxels are not read yet, and its 3D shape.
+    """Return a NIfTI file as a nibabel image, voxels not read yet, and its 3D shape (X, Y, Z).
 
-    Raises:
-        ValueError: no NIfTI file of real numbers, not 3D (trailing axes of length 1 are accepted),
-            or a size, voxel or affine that no scan has; names the file.
+    A ValueError names the file and what no scan has; trailing axes of length 1 are accepted.
     """
     try:
         volume = nib.load(path)
@@ -834,28 +797,26 @@ def read_header(path):
         sides = nib.affines.voxel_sizes(affine)
         upright = abs(np.linalg.det(affine[:3, :3] / np.maximum(sides, 1e-9)))  # 1: right angles
     except READ_ERRORS as error:
-        told = f"expected a NIfTI file, cannot be read ({explain(error)})"
-        raise ValueError(f"{path}: {told}") from None
+        told = f"{path}: expected a NIfTI file, cannot be read"
+        raise ValueError(f"{told} ({explain(error)})") from None
     shape = volume.shape[:3] + tuple(n for n in volume.shape[3:] if n != 1)
-    solid = len(shape) == 3 and min(shape) > 1
-    require(solid, f"{path}: expected a 3D volume, got shape {volume.shape}")
-    fits = math.prod(shape) <= LARGEST_VOLUME
-    require(fits, f"{path}: expected at most {LARGEST_VOLUME} voxels, got shape {shape}")
-    require(kind.kind in "iuf", f"{path}: expected voxels that are real numbers, got {kind}")
-    good, got = np.isfinite(affine).all() and upright > 0.1, affine.tolist()
-    require(good, f"{path}: expected an affine that can be inverted, got {got}")
-    (low, high), offset = VOXEL_SIDES, affine[:3, 3]
-    told = f"{path}: expected voxel sides of {low} to {high} mm, within {FARTHEST} mm of the origin"
-    near = low <= min(sides) and max(sides) <= high and abs(offset).max() <= FARTHEST
-    require(near, f"{told}, got {sides.tolist()} at {offset.tolist()} (another unit?)")
+    near = min(sides) >= 0.05 and max(sides) <= 20 and abs(affine[:3, 3]).max() <= 10_000
+    limits = "voxel sides of 0.05 to 20 mm, within 10 m of the origin (another unit?)"
+    for good, expected, got in (
+        (len(shape) == 3 and min(shape) > 1, "a 3D volume", f"shape {volume.shape}"),
+        (math.prod(shape) <= 2**29, f"at most {2**29} voxels", f"shape {shape}"),  # 800 an axis
+        (kind.kind in "iuf", "voxels that are real numbers", kind),
+        (upright > 0.1, "an affine that can be inverted", affine.tolist()),
+        (near, limits, affine.tolist()),
+    ):
+        require(good, f"{path}: expected {expected}, got {got}")
     return volume, shape
 
 
 def read_volume(path):
     """Return the MetaTensor (1, X, Y, Z) float32 of a NIfTI file, native grid, scaling applied.
 
-    Raises:
-        ValueError: cut off, damaged (the gzip checksum is compared) or not finite; names the file.
+    A ValueError names a file that is cut off, damaged (the gzip checksum is compared), not finite.
     """
     header, shape = read_header(path)
     try:  # nibabel alone stops before the checksum
@@ -864,8 +825,8 @@ def read_volume(path):
         with np.errstate(all="ignore"):  # what becomes infinite is told below
             data = np.asarray(type(header).from_bytes(content).dataobj, dtype=np.float32)
     except READ_ERRORS as error:
-        reason = f"cannot be read to its last byte ({explain(error)})"
-        raise ValueError(f"{path}: {reason}; expected a whole file, copy it again") from None
+        told = f"cannot be read to its last byte ({explain(error)})"
+        raise ValueError(f"{path}: {told}; expected a whole file, copy it again") from None
     bad = data.size - int(np.isfinite(data).sum())
     require(not bad, f"{path}: expected finite voxels, {bad} are NaN or infinite")
     return MetaTensor(torch.from_numpy(data.reshape(1, *shape)), torch.from_numpy(header.affine))
@@ -884,28 +845,19 @@ def read_scan(path):
     return image
 
 
-def read_mask(path):
-    """Return the volume of `read_volume`, if it holds whole numbers."""
-    label = read_volume(path)
-    whole = torch.equal(label, label.round())
-    require(whole, f"{path}: expected whole numbers in a mask, got fractions")
-    return label
-
-
 def read_pair(case):
     """Return {"image", "label"} of a case, each (1, X, Y, Z), and sentences to warn with.
 
     The label gets the affine of its scan, which may differ by half a voxel at the corners.
-
-    Raises:
-        ValueError: holds a sentence for each file that is wrong, or for how they do not fit.
     """
     volumes, problems = {}, []
-    for key, read in zip(BOTH, (read_scan, read_mask), strict=True):
+    for key, read in (("image", read_scan), ("label", read_volume)):
         try:
             volumes[key] = read(getattr(case, key))
         except ValueError as error:
             problems.append(str(error))
+    if "label" in volumes and not torch.equal(volumes["label"], volumes["label"].round()):
+        problems.append(f"{case.label}: expected whole numbers in a mask, got fractions")
     if problems:
         raise ValueError(*problems)
     shape, got = (tuple(volume.shape[1:]) for volume in volumes.values())
@@ -915,39 +867,26 @@ def read_pair(case):
     moved = np.linalg.solve(affine, other @ corners) - corners
     shift = np.linalg.norm(moved[:3], axis=0).max()
     told = f"{case.label}: its affine puts corners {shift:.2f} voxels from the scan's"
-    axes = ["".join(nib.aff2axcodes(a)) for a in (other, affine)]
-    flipped = f" (axes {axes[0]}, the scan's are {axes[1]})" if axes[0] != axes[1] else ""
-    require(shift <= 0.5, f"{told}, expected at most 0.5{flipped}")
+    axes, own = ("".join(nib.aff2axcodes(a)) for a in (other, affine))
+    require(shift <= 0.5, f"{told}, expected at most 0.5 (axes {axes}, the scan's are {own})")
     volumes["label"].affine = volumes["image"].affine
     return volumes, [f"{told}; the scan's is used for both"] if shift > 0.1 else []
 
 
 def check_mask(case, label, entry):
-    """Return what to warn of in a mask (X, Y, Z), native grid, beside the head of its entry.
-
-    Raises:
-        ValueError: no voxel of the mask lies in the head.
-    """
-    values, voxels = torch.unique(label[label > 0]).tolist(), np.argwhere(label.numpy() > 0)
-    if not values:
-        return []
+    """Return what to warn of in a mask (X, Y, Z), native grid; no voxel in the head is an error."""
+    voxels = np.argwhere(label.numpy() > 0)
     to_working = np.linalg.solve(entry["affine"], entry["native_affine"])
     places = nib.affines.apply_affine(to_working, voxels).round().astype(int)
-    head, cautions = head_mask(entry["image"].float())[0], []
+    head = head_mask(entry["image"].float())[0]
     inside = np.all((places >= 0) & (places < head.shape), axis=1)
-    hits = tuple(places[inside].T)
-    good = head[hits].any() or ndimage.binary_fill_holes(head)[hits].any()
+    hits, lost = tuple(places[inside].T), int((~inside).sum())
+    good = head[hits].any() or ndimage.binary_fill_holes(head)[hits].any() or not len(voxels)
     require(good, f"{case.label}: expected PVS in the head, all {len(voxels)} voxels lie outside")
-    if len(values) > 1:
-        some = ", ".join(f"{value:g}" for value in values[:5])
-        cautions.append(f"{case.label}: {len(values)} values ({some}), all count as PVS")
-    if not inside.all():
-        lost = f"{(~inside).sum()} of {len(voxels)} voxels lie outside the head and are left out"
-        cautions.append(f"{case.label}: {lost}")
     percent = 100 * int(entry["label"].sum()) / head.sum()
-    if percent > 5:
-        cautions.append(f"{case.label}: {percent:.1f} % of the head is PVS, expected less than 5")
-    return cautions
+    outside = f"{lost} of {len(voxels)} voxels lie outside the head and are left out"
+    large = f"{percent:.1f} % of the head is PVS, expected less than 5"
+    return [f"{case.label}: {t}" for wrong, t in ((lost, outside), (percent > 5, large)) if wrong]
 
 
 def ras_spacing(affine):
@@ -961,19 +900,14 @@ def spacing_words(spacing):
     return f"{' x '.join(f'{mm:g}' for mm in spacing)} mm"
 
 
-def usual_spacing(spacings):
-    """Return the median of spacings (mm) that a working grid may have, 1 mm where there is none."""
-    median = np.median(spacings or [[1.0, 1.0, 1.0]], axis=0)
-    return tuple(np.clip(median, SMALLEST_SIDE, LARGEST_SIDE).round(4).tolist())
-
-
 def own_spacing(cases):
-    """Return the median spacing of scans by their headers; `prepare` tells what is unreadable."""
+    """Return the scans' median spacing (mm), within the bounds of a working grid."""
     spacings = []
     for case in cases:
-        with suppress(ValueError):
-            spacings.append(ras_spacing(read_header(case.image)[0].affine))
-    return usual_spacing(spacings)
+        with suppress(ValueError):  # `prepare` tells what is unreadable
+            spacings.append(case.native_spacing or ras_spacing(read_header(case.image)[0].affine))
+    median = np.median(spacings or [[1.0, 1.0, 1.0]], axis=0)
+    return tuple(np.clip(median, SMALLEST_SIDE, LARGEST_SIDE).round(4).tolist())
 
 
 def split_cases(cases, cfg):
@@ -982,9 +916,6 @@ def split_cases(cases, cfg):
     As the file SPLIT says, else drawn from the sorted subjects with SEED, at least one subject
     each. On the 200 subjects of ds005595 this is the published split. With FOLDS the test part is
     FOLD's, and the folds' test parts hold every subject once.
-
-    Raises:
-        ValueError: too few subjects, or no usable split file.
     """
     subjects, seed = sorted({case.subject for case in cases}), {"random_state": cfg.SEED}
     if cfg.SPLIT:
@@ -998,21 +929,15 @@ def split_cases(cases, cfg):
                 rest, test = train_test_split(subjects, test_size=cfg.TEST_FRACTION, **seed)
             train, val = train_test_split(rest, test_size=cfg.VAL_FRACTION, **seed)
         except ValueError:
-            raise ValueError(
-                f"{cfg.DATA_DIR}: expected at least 3 subjects with a mask, no fewer than FOLDS, "
-                "and a TEST_FRACTION and VAL_FRACTION that leave some to train; got "
-                f"{', '.join(subjects)}"
-            ) from None
+            told = "expected at least 3 subjects with a mask, no fewer than FOLDS, and fractions "
+            told += "(TEST_FRACTION, VAL_FRACTION) that leave some to train; got "
+            raise ValueError(f"{cfg.DATA_DIR}: {told}{', '.join(subjects)}") from None
         split = {"train": train, "val": val, "test": test}
     return {part: [c for c in cases if c.subject in chosen] for part, chosen in split.items()}
 
 
 def read_split(path, subjects):
-    """Return {"train": subjects, "val": .., "test": ..} from a JSON file; log who is not in it.
-
-    Raises:
-        ValueError: no such lists, an empty list, unknown subjects, or one named twice.
-    """
+    """Return {"train": subjects, "val": .., "test": ..} of a JSON file; log who is not in it."""
     try:
         content = read_json(path)
         split = {part: content[part] for part in ("train", "val", "test")}
@@ -1038,14 +963,12 @@ INTERPOLATION = ("bilinear", "nearest")  # of image, label
 def head_mask(image):
     """Return where the head is in a volume (1, H, W, D), as bool; everywhere if nothing stands out.
 
-    Air is Rician noise above zero, so the threshold is a low fraction of the bright tissue;
-    opening removes specks and the largest component is kept.
+    Air is Rician noise above zero; opening removes its specks, and the largest component is kept.
     """
     volume = np.asarray(image)[0]
     dark, bright = np.percentile(volume[::2, ::2, ::2], (1, 99))
-    components, count = ndimage.label(
-        ndimage.binary_opening(volume > dark + 0.15 * (bright - dark))
-    )
+    tissue = ndimage.binary_opening(volume > dark + 0.15 * (bright - dark))
+    components, count = ndimage.label(tissue)
     if count == 0:
         return np.ones_like(volume, dtype=bool)[None]
     return (components == 1 + np.argmax(np.bincount(components.ravel())[1:]))[None]
@@ -1060,8 +983,7 @@ def scale_intensity(image, percentiles):
 def build_transforms(cfg):
     """Return the deterministic transforms, native grid (1, X, Y, Z) to working grid (1, H, W, D).
 
-    The image ends in [0, 1], the label as 0 or 1; the label may be missing. What they give is
-    cached; a change of their code makes a new cache.
+    The image ends in [0, 1], the label as 0 or 1; it may be missing. New code, new cache.
     """
     scale = functools.partial(scale_intensity, percentiles=cfg.INTENSITY_PERCENTILES)
     spacing = {"pixdim": cfg.PIX_DIM, "mode": INTERPOLATION, "dtype": torch.float32}
@@ -1080,24 +1002,22 @@ def build_transforms(cfg):
 def to_working_grid(volumes, cfg):
     """Transform the MetaTensors (1, X, Y, Z) of an image and, where there is one, its label.
 
-    Returns:
-        image (1, H, W, D) float16 in [0, 1] and label (1, H, W, D) uint8; affine, native_affine
-        (4, 4) and native_shape, with which `to_native_grid` goes back
+    Returns image (1, H, W, D) float16 in [0, 1], label (1, H, W, D) uint8, and affine,
+    native_affine (4, 4) and native_shape, with which `to_native_grid` goes back.
     """
-    native = {"native_affine": volumes["image"].affine.clone()}
-    native["native_shape"] = tuple(volumes["image"].shape[1:])
+    image = volumes["image"]
+    entry = {"native_affine": image.affine.clone(), "native_shape": tuple(image.shape[1:])}
     volumes = build_transforms(cfg)(volumes)
-    working = {"affine": volumes["image"].affine, "image": volumes["image"].as_tensor().half()}
+    entry |= {"affine": volumes["image"].affine, "image": volumes["image"].as_tensor().half()}
     if "label" in volumes:
-        working["label"] = volumes["label"].as_tensor().to(torch.uint8)
-    return native | working
+        entry["label"] = volumes["label"].as_tensor().to(torch.uint8)
+    return entry
 
 
 def to_native_grid(volume, entry):
     """Return a volume (1, H, W, D) of the working grid on the scan's own grid (1, X, Y, Z).
 
-    Linear interpolation between the voxel centres; 0 outside the working grid. The two affines
-    hold all that was done: orientation, spacing and crop.
+    Linear between voxel centres, 0 outside; the affines hold orientation, spacing and crop.
     """
     resample = mt.SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
     volume = MetaTensor(volume, affine=entry["affine"])
@@ -1114,8 +1034,8 @@ def build_train_transforms(cfg):
     affine |= {"mode": INTERPOLATION, "padding_mode": "border"}
     # Elastic: shifts of up to 2 % of the patch at 6^3 knots. Its defaults are blocky.
     elastic = {"spatial_size": cfg.IMG_PATCH_SIZE, "rand_size": (6, 6, 6), "def_range": 0.04}
-    elastic |= {"field_mode": "trilinear", "align_corners": True}
-    elastic |= {"grid_mode": INTERPOLATION, "grid_align_corners": True}
+    elastic |= {"field_mode": "trilinear", "align_corners": True, "grid_align_corners": True}
+    elastic["grid_mode"] = INTERPOLATION
     return mt.Compose(
         [
             mt.RandCropByPosNegLabeld(BOTH, **crop),
@@ -1132,7 +1052,6 @@ def build_train_transforms(cfg):
 # ------------------------------------------------------------------------------- Cache and loaders
 
 BACKGROUND_SAMPLE = 100_000  # voxels kept as centres of negative patches; all would take 8 B each
-CACHE_BYTES = 2.2  # a voxel of an uncropped scan: 3.2 in the head's box, which is some two thirds
 
 
 def cache_folder(cfg):
@@ -1142,29 +1061,8 @@ def cache_folder(cfg):
     return Path(cfg.CACHE_DIR or top / "cache")
 
 
-@functools.cache
-def cached_code():
-    """Return what the cached volumes are a function of, but for files and settings: the code."""
-    makers = (read_volume, read_mask, head_mask, scale_intensity, build_transforms, to_working_grid)
-    libraries = [importlib.metadata.version(name) for name in ("monai", "torch", "scipy", "numpy")]
-    return [inspect.getsource(maker) for maker in (*makers, fill_cache)] + libraries
-
-
-def cache_path(case, cfg):
-    """Return where a case's prepared volume lies; other files, settings or code, another name."""
-    stats = [(path, os.stat(path)) for path in (case.image, case.label)]
-    files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    key = (files, cfg.PIX_DIM, cfg.INTENSITY_PERCENTILES, cached_code())
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    return cache_folder(cfg) / f"{case.name}-{digest}.pt"
-
-
 def load_cached(case):
-    """Return the cache entry (see `fill_cache`) of a prepared case, memory-mapped.
-
-    Raises:
-        OSError: it is gone or damaged; names it.
-    """
+    """Return the cache entry (see `fill_cache`) of a prepared case, memory-mapped."""
     try:
         return torch.load(case.cache, mmap=True, weights_only=True)
     except READ_ERRORS as error:
@@ -1172,61 +1070,60 @@ def load_cached(case):
         raise OSError(f"{told}; the next run rebuilds it") from None
 
 
+def hash_voxels(volume):
+    """Return the hash of a native volume (1, X, Y, Z) by which it is known again."""
+    return hashlib.sha256(np.ascontiguousarray(volume)).hexdigest()
+
+
 def fill_cache(case, cfg):
-    """Read, check and transform a case, and write its cache entry.
+    """Return the facts of a case from its cache entry; else read, check, transform and write it.
 
     The entry: the working-grid volumes and affines of `to_working_grid`; foreground and background,
     int32 flat indices of all labelled voxels and of a sample of the others; "facts" of the Case.
-
-    Raises:
-        ValueError: holds a sentence for each thing that is wrong with the files.
-        OSError: it cannot be written.
     """
+    with suppress(OSError):
+        return load_cached(case)["facts"]
     volumes, cautions = read_pair(case)
     image, label = volumes.values()
     entry, true = to_working_grid(dict(volumes), cfg), label.as_tensor() > 0
     cautions += check_mask(case, label[0].as_tensor(), entry)
     back = to_native_grid(entry["label"].float(), entry) > 0.5  # as a probability
     dice = compute_dice(back[None], true[None], ignore_empty=False)
-    background = (entry["label"] == 0).flatten().nonzero().flatten().to(torch.int32)
+    flat = entry["label"].flatten()
+    background, foreground = (torch.where(flat == n)[0].to(torch.int32) for n in (0, 1))
     order = torch.randperm(len(background), generator=torch.Generator().manual_seed(123))
-    entry["background"] = background[order[:BACKGROUND_SAMPLE]]
-    entry["foreground"] = entry["label"].flatten().nonzero().flatten().to(torch.int32)
-    entry["facts"] = {
-        "sha256": hash_voxels(image),
-        "label_sha256": hash_voxels(label),
-        "native_voxels": int(true.sum()),
-        "working_voxels": len(entry["foreground"]),
-        "native_spacing": tuple(ras_spacing(image.affine.numpy())),
-        "roundtrip_dice": float(dice) if true.any() else None,
-        "warnings": tuple(cautions),
-    }
-    write_torch(case.cache, entry)
+    entry |= {"foreground": foreground, "background": background[order[:BACKGROUND_SAMPLE]]}
+    facts = {"sha256": hash_voxels(image), "label_sha256": hash_voxels(label)}
+    facts |= {"native_voxels": int(true.sum()), "working_voxels": len(foreground)}
+    facts["native_spacing"] = tuple(ras_spacing(image.affine.numpy()))
+    facts["roundtrip_dice"] = float(dice) if true.any() else None
+    facts["warnings"] = tuple(cautions)
+    write_torch(case.cache, entry | {"facts": facts})
+    return facts
 
 
-def hash_voxels(volume):
-    """Return the hash of a native volume (1, X, Y, Z) by which it is known again."""
-    return hashlib.sha256(np.ascontiguousarray(volume)).hexdigest()
+MAKERS = (read_pair, read_volume, head_mask, scale_intensity, build_transforms, to_working_grid)
+LIBRARIES = [importlib.metadata.version(name) for name in ("monai", "torch", "scipy", "numpy")]
+CACHED_CODE = [inspect.getsource(maker) for maker in (*MAKERS, fill_cache)]
+
+
+def cache_path(case, cfg):
+    """Return where a case's prepared volume lies; other files, settings or code, another name."""
+    stats = [(path, os.stat(path)) for path in (case.image, case.label)]
+    files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    key = (files, cfg.PIX_DIM, cfg.INTENSITY_PERCENTILES, CACHED_CODE, LIBRARIES)
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    return cache_folder(cfg) / f"{case.name}-{digest}.pt"
 
 
 def prepare(case, cfg):
-    """Check a case and put it into the cache unless it is there; runs in workers.
-
-    Returns:
-        (the case with its facts, None), or (the case, the error of its files or of writing)
-    """
+    """Return (the case with its facts, None), or (the case, its error); runs in workers."""
     try:
         case = replace(case, cache=str(cache_path(case, cfg)))
-        try:
-            entry = load_cached(case)
-        except OSError:
-            fill_cache(case, cfg)
-            entry = load_cached(case)
-        return replace(case, **entry["facts"]), None
-    except FileNotFoundError as error:
-        return case, ValueError(f"{error.filename}: {explain(error)}")
+        return replace(case, **fill_cache(case, cfg)), None
     except (ValueError, OSError) as error:
-        return case, error
+        path = getattr(error, "filename", None)  # of a file that is not there
+        return case, ValueError(f"{path}: {explain(error)}") if path else error
 
 
 def check_free_disk(cases, cfg):
@@ -1237,39 +1134,31 @@ def check_free_disk(cases, cfg):
             if not cache_path(case, cfg).exists():
                 volume, shape = read_header(case.image)
                 mm3 = math.prod(shape) * abs(np.linalg.det(volume.affine[:3, :3]))
-                needed += CACHE_BYTES * mm3 / math.prod(cfg.PIX_DIM)
-    told = f"the cache takes some {needed / 1e9:.1f} GB, {free_disk(folder) / 1e9:.1f} GB are free"
-    told += "; free some, or choose another folder with --cache-dir"
-    require(needed <= free_disk(folder), f"{folder}: {told}")
+                needed += 2.2 * mm3 / math.prod(cfg.PIX_DIM)  # bytes: 3.2 in the head's box
+    free = free_disk(folder)
+    told = f"the cache takes some {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; free some, "
+    require(needed <= free, f"{folder}: {told}or choose another folder with --cache-dir")
 
 
 def prepare_cases(cases, cfg):
     """Check every voxel of all cases and cache them, in one pass; return them with their facts.
 
-    Raises:
-        ValueError: lists everything that is wrong with the files; or the disk is too small.
-        OSError: the cache cannot be written.
+    A ValueError lists everything that is wrong with the files.
     """
     check_free_disk(cases, cfg)
-    loader = DataLoader(
-        share(cases),
-        batch_size=None,
-        collate_fn=functools.partial(prepare, cfg=cfg),  # runs in the workers
-        num_workers=worker_count(cfg),
-        worker_init_fn=leave_signals_to_the_run,
-    )
+    work = {"num_workers": worker_count(cfg), "worker_init_fn": leave_signals_to_the_run}
+    work["collate_fn"] = functools.partial(prepare, cfg=cfg)  # in the workers
+    loader = DataLoader(share(cases), batch_size=None, **work)
     done = gather([*Progress(loader, "checking and caching")])
-    wrong, problems = [error for _, error in done if error], []
-    for error in wrong:
-        told = f"{error}\nFree space, or choose another folder with --cache-dir."
-        require(isinstance(error, ValueError), told, OSError)
-        problems += error.args
+    for error in [error for _, error in done if isinstance(error, OSError)]:
+        raise OSError(f"{error}\nFree space, or choose another folder with --cache-dir.")
+    problems = [told for _, error in done if error for told in error.args]
     remedy = "Repair these files (a mask must be on its scan's grid) or move them elsewhere."
     raise_problems(problems, remedy)
     cases, first = [case for case, _ in done], {}
+    for warning in [warning for case in cases for warning in case.warnings]:
+        log.warning("Warning: %s", warning)
     for case in cases:
-        for warning in case.warnings:
-            log.warning("Warning: %s", warning)
         other = first.setdefault(case.sha256, case)
         if other.subject != case.subject:
             problems.append(f"{case.image}: expected other voxels than {other.image} has")
@@ -1280,9 +1169,9 @@ def prepare_cases(cases, cfg):
 
 def log_grids(cases, cfg):
     """Print the scans' spacing and what the working grid alone costs the masks."""
-    spacings = [case.native_spacing for case in cases]
-    usual = usual_spacing(spacings)
-    log.info("Native grid     %s", ", ".join(sorted({spacing_words(s) for s in spacings})))
+    usual = own_spacing(cases)
+    native = sorted({spacing_words(case.native_spacing) for case in cases})
+    log.info("Native grid     %s", ", ".join(native))
     dices = [case.roundtrip_dice for case in cases if case.native_voxels] or [math.nan]
     numbers = f"{np.mean(dices):.3f} ({min(dices):.3f} to {max(dices):.3f})"
     log.info("Round trip      %s: native Dice of masks to the working grid and back", numbers)
@@ -1292,25 +1181,9 @@ def log_grids(cases, cfg):
             log.warning("Warning: %s has voxels of %s", case.image, told)
     coarser = np.maximum(np.divide(cfg.PIX_DIM, usual), 1).prod()  # finer elsewhere gains nothing
     if coarser > 1.01:
-        log.warning(
-            "Warning: the working grid is coarser than the scans, %.1f times in voxel volume. What "
-            "that costs thin PVS is told by Round trip; training with --pix-dim %s avoids it.",
-            coarser,
-            " ".join(f"{mm:g}" for mm in usual),
-        )
-
-
-def pad_to_patch(item, size):
-    """Pad the volumes (1, H, W, D) of a training item to the patch, and move their centres."""
-    shape = item["image"].shape[1:]
-    padded = [max(pair) for pair in zip(shape, size, strict=True)]
-    for key in BOTH:
-        item[key] = mt.SpatialPad(size)(item[key])
-    for key in ("foreground", "background"):
-        places = np.unravel_index(item[key].numpy(), shape)
-        moved = [p + (n - m) // 2 for p, n, m in zip(places, padded, shape, strict=True)]
-        item[key] = torch.from_numpy(np.ravel_multi_index(moved, padded))
-    return item
+        told = "Warning: the working grid is coarser than the scans, %.1f times in voxel volume. "
+        told += "What that costs thin PVS is told by Round trip; --pix-dim %s avoids it."
+        log.warning(told, coarser, " ".join(f"{mm:g}" for mm in usual))
 
 
 class TrainingPatches(Dataset):
@@ -1319,25 +1192,27 @@ class TrainingPatches(Dataset):
     def __init__(self, cases, cfg):
         self.cases, self.cfg, self.transforms = cases, cfg, build_train_transforms(cfg)
 
-    def __len__(self):
-        return len(self.cases)
-
     def __getitem__(self, key):
-        epoch, number = key
+        (epoch, number), size = key, self.cfg.IMG_PATCH_SIZE
         entry = load_cached(self.cases[number])
         item = {name: entry[name] for name in (*BOTH, "foreground", "background")}
-        if np.less(item["image"].shape[1:], self.cfg.IMG_PATCH_SIZE).any():
-            item = pad_to_patch(item, self.cfg.IMG_PATCH_SIZE)
+        shape = item["image"].shape[1:]
+        if np.less(shape, size).any():  # pad to the patch, and move the centres
+            item |= {key: mt.SpatialPad(size)(item[key]) for key in BOTH}
+            padded = item["image"].shape[1:]
+            before = np.subtract(padded, shape)[:, None] // 2
+            for key in ("foreground", "background"):
+                places = np.unravel_index(item[key].numpy(), shape) + before
+                item[key] = torch.from_numpy(np.ravel_multi_index(tuple(places), padded))
         seed = np.random.SeedSequence([self.cfg.SEED, epoch, number]).generate_state(1)[0]
         self.transforms.set_random_state(seed=int(seed))
         return self.transforms(item | {"name": self.cases[number].name})
 
 
 class EpochSampler(Sampler):
-    """Yield the batches of (epoch, number) of `epoch`, which is to be set before.
+    """Yield the batches of (epoch, number) of `epoch`, to be set before: every case in a new order.
 
-    An epoch has every training case once, in an order drawn from SEED and the epoch. Several
-    processes share it out; a few cases come twice where they would not have equally many.
+    Processes share it out; a few cases come twice where they would not have equally many.
     """
 
     def __init__(self, count, cfg):
@@ -1345,29 +1220,26 @@ class EpochSampler(Sampler):
         self.shared = math.ceil(count / process_number("WORLD_SIZE"))  # cases of this process
 
     def __len__(self):
-        """Return the number of batches of one epoch."""
         return math.ceil(self.shared / self.batch_size)
 
     def __iter__(self):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
-        order = np.resize(order, self.shared * process_number("WORLD_SIZE"))
-        keys = [(self.epoch, int(number)) for number in share(order)]
-        for start in range(0, len(keys), self.batch_size):
-            yield keys[start : start + self.batch_size]
+        order = share(np.resize(order, self.shared * process_number("WORLD_SIZE")).tolist())
+        for start in range(0, self.shared, self.batch_size):
+            yield [(self.epoch, number) for number in order[start : start + self.batch_size]]
 
 
 def build_train_loader(cases, cfg, device):
     """Return the loader of batches: BATCH_SIZE volumes' patches, (B, 1, *IMG_PATCH_SIZE)."""
-    workers = worker_count(cfg)
+    workers = {"num_workers": worker_count(cfg), "persistent_workers": worker_count(cfg) > 0}
     return DataLoader(
         TrainingPatches(cases, cfg),
         batch_sampler=EpochSampler(len(cases), cfg),
-        num_workers=workers,
-        persistent_workers=workers > 0,
         collate_fn=list_data_collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_run,
         generator=torch.Generator(),  # so that it draws nothing from the model's random numbers
+        **workers,
     )
 
 
