@@ -1453,10 +1453,7 @@ def build_train_loader(cases, cfg, device):
 
 
 def build_unetplusplus(cfg):
-    """Return UNet++ (Zhou et al. 2018, 10.1007/978-3-030-00889-5_1) over its encoder.
-
-    Its first features have half the resolution of the image.
-    """
+    """Return UNet++ (Zhou et al. 2018, 10.1007/978-3-030-00889-5_1), of half resolution inside."""
     widths = [cfg.DECODER_WIDTH * 2**i for i in reversed(range(cfg.ENCODER_DEPTH))]
     settings = {"encoder_weights": None, "decoder_channels": widths, "in_channels": 1}
     return smp.UnetPlusPlus(cfg.ENCODER_NAME, cfg.ENCODER_DEPTH, classes=1, **settings)
@@ -1653,10 +1650,10 @@ def predict_logits(model, image, cfg):
         with autocast(device, cfg):
             return model(network_input(windows, device, cfg)).float()
 
-    windows = {"roi_size": cfg.IMG_PATCH_SIZE, "sw_batch_size": cfg.SW_BATCH_SIZE}
-    windows |= {"overlap": cfg.SW_OVERLAP, "mode": "gaussian", "sw_device": device, "device": place}
-    image = image[None].float().to(place)
-    return sliding_window_inference(image, predictor=predict_windows, **windows)
+    settings = {"roi_size": cfg.IMG_PATCH_SIZE, "sw_batch_size": cfg.SW_BATCH_SIZE}
+    settings |= {"overlap": cfg.SW_OVERLAP, "mode": "gaussian"}
+    settings |= {"predictor": predict_windows, "sw_device": device, "device": place}
+    return sliding_window_inference(image[None].float().to(place), **settings)
 
 
 def predict_prob(model, image, cfg):
@@ -1675,10 +1672,9 @@ def predict_prob(model, image, cfg):
 
 
 def predict_case(model, entry, cfg):
-    """Return the probabilities of PVS on the working grid (H, W, D) and the native grid (X, Y, Z).
+    """Return the float32 probabilities of PVS on working grid (H, W, D) and native grid (X, Y, Z).
 
-    Both are float32 arrays; `entry` is what `to_working_grid` gives. The probability goes to the
-    native grid, not the mask: what it says between voxels is kept.
+    It is them, not the mask, that go to the native grid: what they say between voxels is kept.
     """
     prob = predict_prob(model, entry["image"], cfg)
     return prob[0].cpu().numpy(), to_native_grid(prob, entry)[0].cpu().numpy()
@@ -1712,11 +1708,6 @@ def describe_origin(cfg):
     return package_versions() | {"arithmetic": str(autocast_dtype(choose_device(cfg), cfg))}
 
 
-def list_hashes(split, key):
-    """Return by part of the split {name: hash of the voxels} of its cases."""
-    return {part: {case.name: getattr(case, key) for case in split[part]} for part in split}
-
-
 def read_checkpoint(path, keys=CHECKPOINT_KEYS):
     """Return the content of a checkpoint; a ValueError names a missing, damaged or foreign file."""
     try:
@@ -1726,9 +1717,8 @@ def read_checkpoint(path, keys=CHECKPOINT_KEYS):
         require(all(isinstance(content[key], dict) for key in keys), "other content")
         return content
     except READ_ERRORS as error:
-        told = f"expected a checkpoint of this script, damaged or of another ({explain(error)})"
-        remedy = "train first, without --resume, or name one with --checkpoint"
-        raise ValueError(f"{path}: {told}; {remedy}") from None
+        told = f"{path}: expected a checkpoint of this script ({explain(error)}); train first, "
+        raise ValueError(told + "without --resume, or name one with --checkpoint") from None
 
 
 def load_weights(model, content, path):
@@ -1803,9 +1793,9 @@ def split_as_before(cases, content):
 def check_unchanged(split, content):
     """Raise a ValueError that names scans and masks with other voxels than the run began with."""
     problems = ["cannot resume:"]
-    for key, kind in {"sha256": "scan", "label_sha256": "mask"}.items():
-        for part, now in list_hashes(split, key).items():
-            changed = [name for name in now if now[name] != content[key][part][name]]
+    for key, kind in (("sha256", "scan"), ("label_sha256", "mask")):
+        for part, cases in split.items():
+            changed = [c.name for c in cases if getattr(c, key) != content[key][part][c.name]]
             problems += [f"{name}: another {kind} than the run began with" for name in changed]
     require(len(problems) == 1, "\n  ".join(problems))
 
@@ -1869,7 +1859,7 @@ class TrainState:
                 average.lerp_(now, 1 - self.cfg.EMA_DECAY)
 
     def step(self):
-        """Make one step with the gradients at hand, clipped, and clear them; return their norm.
+        """Make a step with the gradients, clipped, and clear them; return their norm.
 
         It is 0 where float16's scaler passed over them as too large, unless too often.
         """
@@ -1890,10 +1880,9 @@ def check_finite(value, what, epoch, cases):
 
 
 def train_one_epoch(model, state, loader, epoch):
-    """Train once on patches of every case; return (mean loss, Dice).
+    """Train once on patches of every case; return (mean loss, Dice of all patches as one volume).
 
-    `model`: the state's, or what shares its gradients. The Dice is that of all the epoch's patches
-    as one volume, not comparable to a case's.
+    `model`: the state's, or what shares its gradients. That Dice is not comparable to a case's.
     """
     model.train()
     cfg, device = state.cfg, next(model.parameters()).device
@@ -1935,39 +1924,36 @@ def validate(model, cases, cfg, epoch):
 def fit(run, model, cfg, split, last=None):
     """Train until EPOCHS, or until EARLY_STOPPING validations in a row brought no better Dice.
 
-    `best_model.pth` has the weights of the best validation Dice, from the first epoch on; `last.pth`
-    after every epoch all that going on takes, and `last` is its content. The validation of a last
-    epoch out of its turn may choose the weights, but changes nothing else: a run that goes on to
-    more epochs takes it back and is the one that had them from the start.
+    `best_model.pth` has the weights of the best validation Dice, from the first epoch on;
+    `last.pth` after every epoch all that going on takes, and `last` is its content. The validation
+    of a last epoch out of its turn may choose the weights, but changes nothing else: a run that
+    goes on to more epochs takes it back and is the one that had them from the start.
     """
     device, parallel = next(model.parameters()).device, model
     loader, state = build_train_loader(split["train"], cfg, device), TrainState(model, cfg, last)
     if process_number("WORLD_SIZE") > 1:  # the backward pass averages the processes' gradients
-        settings = {"device_ids": [device.index] if device.type == "cuda" else None}
-        settings["find_unused_parameters"] = True  # some of the encoder have no part in the output
-        parallel = nn.parallel.DistributedDataParallel(model, **settings)
+        own = [device.index] if device.type == "cuda" else None
+        # Some layers of the encoder have no part in the output and get no gradient.
+        parallel = nn.parallel.DistributedDataParallel(model, own, find_unused_parameters=True)
     progress, former_best = state.progress, last and last["former_best"]
     history = progress["history"]
     while len(history) < cfg.EPOCHS and not stops_early(progress, cfg):
         if former_best and first_process():
             write_torch(run.best, former_best)
-        row, former_best = train_and_validate(parallel, state, loader, split["val"]), None
+        former_best = None
+        in_turn = not history or (len(history) + 1) % cfg.VAL_EVERY == 0
+        row = train_and_validate(parallel, state, loader, split["val"], in_turn)
         history.append(row)
         improved = row["val_dice"] is not None and row["val_dice"] > progress["best_dice"]
-        if is_in_turn(row["epoch"], cfg):
+        if in_turn:
             state.plateau.step(row["val_loss"])
             progress["waited"] = 0 if improved else progress["waited"] + 1
             progress["best_dice"] = max(row["val_dice"], progress["best_dice"])
         if first_process():
-            save_epoch(run, state, split, improved)
+            save_epoch(run, state, split, improved, in_turn)
         log_epoch(history, improved, cfg)
         if row["epoch"] == 50 and progress["best_dice"] == 0 and not improved:
             log.warning("Warning: validation Dice is still 0; going on. %s", advice(cfg))
-
-
-def is_in_turn(epoch, cfg):
-    """Return whether an epoch has a validation whatever the length of the run."""
-    return epoch == 1 or epoch % cfg.VAL_EVERY == 0
 
 
 def seconds_left(history, cfg):
@@ -1990,8 +1976,8 @@ def stops_early(progress, cfg):
     return early or late
 
 
-def train_and_validate(parallel, state, loader, val_cases):
-    """Train an epoch and, where it is due or the last, validate; return its row of the history."""
+def train_and_validate(parallel, state, loader, val_cases, in_turn):
+    """Train an epoch and, `in_turn` or as the last, validate; return its row of the history."""
     cfg, history, start = state.cfg, state.progress["history"], time.perf_counter()
     epoch, lr = len(history) + 1, state.optimizer.param_groups[0]["lr"]
     row = {"epoch": epoch, "val_loss": None, "val_dice": None, "lr": lr}
@@ -2000,21 +1986,21 @@ def train_and_validate(parallel, state, loader, val_cases):
         for buffer in itertools.chain(state.model.buffers(), state.kept.buffers()):
             dist.broadcast(buffer, 0)
     row["seconds"] = round(gather([time.perf_counter() - start])[0], 2)  # the first process's
-    due = is_in_turn(epoch, cfg) or epoch == cfg.EPOCHS
-    if due or seconds_left([*history, row], cfg) <= 0:
+    if in_turn or epoch == cfg.EPOCHS or seconds_left([*history, row], cfg) <= 0:
         row["val_loss"], row["val_dice"] = validate(state.kept, val_cases, cfg, epoch)
         row["seconds"] = round(gather([time.perf_counter() - start])[0], 2)
     return row
 
 
-def save_epoch(run, state, split, improved):
+def save_epoch(run, state, split, improved, in_turn):
     """Write the checkpoints and the history after an epoch, the best weights if they are."""
     cfg, progress, former_best = state.cfg, state.progress, None
     history, grid = progress["history"], {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
     content = {"config": asdict(cfg), "working_grid": grid, "versions": describe_origin(cfg)}
-    content |= {key: list_hashes(split, key) for key in ("sha256", "label_sha256")}
     content |= {"history_row": history[-1], "processes": process_number("WORLD_SIZE")}
-    if not is_in_turn(len(history), cfg):  # as a run that goes on has it
+    for key in ("sha256", "label_sha256"):  # of the voxels, by which scans are known again
+        content[key] = {part: {c.name: getattr(c, key) for c in split[part]} for part in split}
+    if not in_turn:  # for a run that goes on
         former_best = read_checkpoint(run.best) if improved else None
         row = history[-1] | {"val_loss": None, "val_dice": None}
         progress = progress | {"history": [*history[:-1], row]}
@@ -2033,21 +2019,19 @@ def log_epoch(history, improved, cfg):
         log.info("epoch  train loss   Dice    val loss   Dice         LR  seconds  time left")
     loss, dice = ("-" if row[k] is None else f"{row[k]:.4f}" for k in ("val_loss", "val_dice"))
     left = (cfg.EPOCHS - row["epoch"]) * np.mean([r["seconds"] for r in history[-20:]])
-    left = max(min(left, seconds_left(history, cfg)), 0)
-    log.info(
-        f"{row['epoch']:5d} {row['train_loss']:11.4f} {row['train_dice']:6.4f} {loss:>11} "
-        f"{dice:>6}{'*' if improved else ' '} {row['lr']:9.1e} {row['seconds']:8.1f} "
-        f"{timedelta(seconds=round(left))!s:>10}"
-    )
+    left = timedelta(seconds=round(max(min(left, seconds_left(history, cfg)), 0)))
+    cells = [loss, dice, "*" if improved else " ", row["lr"], row["seconds"], left]
+    cells = [row["epoch"], row["train_loss"], row["train_dice"], *cells]
+    log.info("%5d %11.4f %6.4f %11s %6s%s %9.1e %8.1f %10s", *cells)
 
 
 def advice(cfg):
     """Return what to try where nothing is learned."""
-    slow = cfg.ARCHITECTURE == "unetplusplus" and cfg.BATCHNORM_MOMENTUM < 0.1
-    tries = {"--head-bias-log-odds": not cfg.HEAD_BIAS_LOG_ODDS, "--batchnorm-momentum 0.1": slow}
-    tries |= {"--ema-decay 0": cfg.EMA_DECAY, "a lower --lr": True}
-    told = ", ".join(flag for flag, apt in tries.items() if apt)
-    return f"See whether the masks fit the scans, then try {told}."
+    tries = "" if cfg.HEAD_BIAS_LOG_ODDS else "--head-bias-log-odds, "
+    if cfg.ARCHITECTURE == "unetplusplus" and cfg.BATCHNORM_MOMENTUM < 0.1:
+        tries += "--batchnorm-momentum 0.1, "
+    tries += "--ema-decay 0, " if cfg.EMA_DECAY else ""
+    return f"See whether the masks fit the scans, then try {tries}a lower --lr."
 
 
 # -------------------------------------------------------------------------------------- Evaluation
