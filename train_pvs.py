@@ -1771,7 +1771,7 @@ def read_last(path, cfg, options):
     content = read_checkpoint(path, CHECKPOINT_KEYS + LAST_KEYS)
     cfg = restore_config(content, path, cfg, options)
     then, now = content["processes"], process_number("WORLD_SIZE")
-    told = f"processes (torchrun --nproc_per_node): the run has {then}, now there are {now}"
+    told = f"processes (torchrun --nproc_per_node): the run has {then:d}, now there are {now:d}"
     require(then == now, told)
     told = "Warning: the run began with %s %s, now it is %s: the numbers may differ"
     now = describe_origin(cfg)
