@@ -1247,18 +1247,10 @@ def build_train_loader(cases, cfg, device):
 
 
 def build_unetplusplus(cfg):
-    """Return UNet++ (Zhou et al. 2018, 10.1007/978-3-030-00889-5_1) over its encoder.
-
-    Its first features have half the resolution of the image.
-    """
-    return smp.UnetPlusPlus(
-        encoder_name=cfg.ENCODER_NAME,
-        encoder_depth=cfg.ENCODER_DEPTH,
-        encoder_weights=None,
-        decoder_channels=[cfg.DECODER_WIDTH * 2**i for i in reversed(range(cfg.ENCODER_DEPTH))],
-        in_channels=1,
-        classes=1,
-    )
+    """Return UNet++ (Zhou et al. 2018, 10.1007/978-3-030-00889-5_1), of half resolution inside."""
+    widths = [cfg.DECODER_WIDTH * 2**i for i in reversed(range(cfg.ENCODER_DEPTH))]
+    settings = {"encoder_weights": None, "decoder_channels": widths, "in_channels": 1}
+    return smp.UnetPlusPlus(cfg.ENCODER_NAME, cfg.ENCODER_DEPTH, classes=1, **settings)
 
 
 def build_dynunet(cfg):
@@ -1266,16 +1258,11 @@ def build_dynunet(cfg):
 
     It has skips at all resolutions, the image's included, instance norm and at most 320 channels.
     """
-    levels = cfg.ENCODER_DEPTH + 1
-    return DynUNet(
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=1,
-        kernel_size=levels * [3],
-        strides=[1, *(cfg.ENCODER_DEPTH * [2])],
-        upsample_kernel_size=cfg.ENCODER_DEPTH * [2],
-        filters=[min(cfg.DECODER_WIDTH * 2**i, 320) for i in range(levels)],
-    )
+    depth = cfg.ENCODER_DEPTH
+    filters = [min(cfg.DECODER_WIDTH * 2**i, 320) for i in range(depth + 1)]
+    settings = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "filters": filters}
+    strides = {"strides": [1] + depth * [2], "upsample_kernel_size": depth * [2]}
+    return DynUNet(kernel_size=(depth + 1) * [3], **strides, **settings)
 
 
 NETWORKS = {  # ARCHITECTURE: builder, name of the output's bias, name in BIDS' `desc`
@@ -1289,9 +1276,6 @@ def build_model(cfg, pretrained=True):
 
     Takes images (B, 1, H, W, D), in [0, 1] but for noise, and gives logits of that shape. The
     weights are a function of SEED, or ENCODER_WEIGHTS where they are `pretrained`.
-
-    Raises:
-        ValueError: the encoder's weights cannot be had or do not fit.
     """
     torch.manual_seed(cfg.SEED)
     model = NETWORKS[cfg.ARCHITECTURE][0](cfg)
@@ -1305,9 +1289,10 @@ def build_model(cfg, pretrained=True):
 
 def describe_network(cfg):
     """Return the network in the words that log and files show."""
-    channels = f"{cfg.ENCODER_DEPTH + 1} levels, {cfg.DECODER_WIDTH} channels at full resolution"
-    plain = cfg.ARCHITECTURE == "dynunet"
-    return f"DynUNet, {channels}" if plain else f"UNet++ with {cfg.ENCODER_NAME}"
+    if cfg.ARCHITECTURE == "unetplusplus":
+        return f"UNet++ with {cfg.ENCODER_NAME}"
+    sizes = f"{cfg.ENCODER_DEPTH + 1} levels, {cfg.DECODER_WIDTH} channels at full resolution"
+    return f"DynUNet, {sizes}"
 
 
 def load_encoder_weights(encoder, cfg):
@@ -1315,35 +1300,24 @@ def load_encoder_weights(encoder, cfg):
 
     The stem's RGB kernels are summed to one channel; the encoder copies every 2D kernel along the
     third axis and divides by its length there.
-
-    Raises:
-        ValueError: no download (says both ways out); damaged or of another network, names the file.
     """
     url = smp.encoders.encoders[cfg.ENCODER_NAME]["pretrained_settings"]["imagenet"]["url"]
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    path, remedy = cfg.ENCODER_WEIGHTS, "Remove or replace the file"
+    how = {"map_location": "cpu", "weights_only": True}
     try:
-        if cfg.ENCODER_WEIGHTS == "imagenet" and not path.exists():
-            log.info("Downloading %s", url)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sha256_start = path.stem.rsplit("-", 1)[1]  # these files bear it in their names
-            torch.hub.download_url_to_file(url, str(path), sha256_start, sys.stderr.isatty())
-    except (OSError, RuntimeError) as error:  # or a wrong hash
-        raise ValueError(
-            f"ENCODER_WEIGHTS: the ImageNet weights could not be downloaded ({error}).\n"
-            f"Either fetch {url}\nelsewhere and put it at {path},\n"
-            "or start from random weights with --encoder-weights none."
-        ) from None
-    path = path if cfg.ENCODER_WEIGHTS == "imagenet" else Path(cfg.ENCODER_WEIGHTS)
-    try:
-        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+        if cfg.ENCODER_WEIGHTS == "imagenet":
+            path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+            remedy = f"Fetch {url} and put it there"
+            how |= {"progress": sys.stderr.isatty(), "check_hash": True}
+            state = torch.hub.load_state_dict_from_url(url, **how)
+        else:
+            state = torch.load(path, **how)
         state["_conv_stem.weight"] = state["_conv_stem.weight"].sum(1, keepdim=True)
         encoder.load_state_dict(state)
     except READ_ERRORS as error:
-        raise ValueError(
-            f"{path}: expected the state dict of a 2D EfficientNet as ENCODER_NAME says; it is "
-            f"damaged or of another network ({explain(error)}).\n"
-            "Remove or replace the file, or use --encoder-weights none."
-        ) from None
+        told = f"{path}: expected the state dict of a 2D EfficientNet as ENCODER_NAME says"
+        told += f" ({explain(error)}).\n{remedy}, or use --encoder-weights none."
+        raise ValueError(told) from None
 
 
 def start_at_log_odds(model, cases, cfg):
@@ -1359,9 +1333,8 @@ def start_at_log_odds(model, cases, cfg):
 # 0.5 BCE + 0.5 Dice loss of logits and labels (B, 1, H, W, D), both float32. The Dice term is one
 # over the whole batch, smoothed by 1, since a patch may hold no PVS (Milletari et al. 2016,
 # 10.1109/3DV.2016.79).
-loss_function = DiceCELoss(
-    sigmoid=True, batch=True, smooth_nr=1, smooth_dr=1, lambda_dice=0.5, lambda_ce=0.5
-)
+halves = {"lambda_dice": 0.5, "lambda_ce": 0.5}
+loss_function = DiceCELoss(sigmoid=True, batch=True, smooth_nr=1, smooth_dr=1, **halves)
 
 METRICS = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
 EMPTY_MASKS = (  # so that neither a missed nor an invented finding drops out of a mean
@@ -1392,15 +1365,11 @@ LESION_RULES = {"any": "any overlap", "iou": "IoU above 0.1"}  # what makes a PV
 
 
 def calculate_lesion_metrics(pred, label):
-    """Compare the 26-connected components (PVS) of two masks (X, Y, Z).
+    """Return counts, matches, sensitivity, precision and F1 of the PVS of two masks (X, Y, Z).
 
-    A PVS counts as matched where any voxel of it lies in the other mask ("any"), or where its best
-    single counterpart has an IoU above 0.1 ("iou"). Each side is counted on its own, so that no
-    ratio exceeds 1, however PVS are split or merged. See EMPTY_MASKS.
-
-    Returns:
-        {"count_label", "count_pred"} and for both rules "matched_label_", "matched_pred_",
-        "lesion_sensitivity_", "lesion_precision_", "lesion_f1_"
+    PVS are 26-connected components. One counts as matched where any voxel of it lies in the other
+    mask ("any"), or where its best single counterpart has an IoU above 0.1 ("iou"). Each side is
+    counted on its own: no ratio exceeds 1, however PVS are split or merged. See EMPTY_MASKS.
     """
     (true, true_count), (found, found_count) = (ndimage.label(m, TOUCHING) for m in (label, pred))
     true_sizes, found_sizes = np.bincount(true.ravel()), np.bincount(found.ravel())
@@ -1409,28 +1378,24 @@ def calculate_lesion_metrics(pred, label):
     (true_ids, found_ids), hits = np.unique(pairs, axis=1, return_counts=True)
     iou = hits / (true_sizes[true_ids] + found_sizes[found_ids] - hits)
     row = {"count_label": true_count, "count_pred": found_count}
+    both_empty = float(true_count == found_count == 0)
     for rule, matches in {"any": iou > 0, "iou": iou > 0.1}.items():
-        matched_label = len(np.unique(true_ids[matches]))
-        matched_pred = len(np.unique(found_ids[matches]))
-        both_empty = float(true_count == found_count == 0)
+        matched_label, matched_pred = (len(np.unique(i[matches])) for i in (true_ids, found_ids))
         sensitivity = matched_label / true_count if true_count else both_empty
         precision = matched_pred / found_count if found_count else both_empty
-        row[f"matched_label_{rule}"], row[f"matched_pred_{rule}"] = matched_label, matched_pred
-        row[f"lesion_sensitivity_{rule}"], row[f"lesion_precision_{rule}"] = sensitivity, precision
         total = sensitivity + precision
+        row |= {f"matched_label_{rule}": matched_label, f"matched_pred_{rule}": matched_pred}
+        row |= {f"lesion_sensitivity_{rule}": sensitivity, f"lesion_precision_{rule}": precision}
         row[f"lesion_f1_{rule}"] = 2 * sensitivity * precision / total if total else 0.0
     return row
 
 
 def calculate_boundary_metrics(pred, label, spacing):
-    """Compare the surfaces of two masks (X, Y, Z) of voxels with sides `spacing` (mm).
+    """Return {"nsd_voxel", "nsd_1mm", "hd95_mm", "one_mask_empty"} of two masks (X, Y, Z).
 
     Normalised surface Dice at a tolerance of the largest voxel side and of 1 mm (Nikolov et al.
-    2021, 10.2196/26151), and the 95th percentile of the Hausdorff distance (mm), of surface
-    voxels. One mask empty is the worst case, see EMPTY_MASKS: MONAI's own NaN would drop out.
-
-    Returns:
-        {"nsd_voxel", "nsd_1mm", "hd95_mm", "one_mask_empty"}
+    2021, 10.2196/26151), and the 95th percentile of the Hausdorff distance (mm), of surface voxels
+    with sides `spacing` (mm). One mask empty: EMPTY_MASKS, since MONAI's NaN would drop out.
     """
     if not pred.any() or not label.any():
         same = not (pred.any() or label.any())
@@ -1438,8 +1403,7 @@ def calculate_boundary_metrics(pred, label, spacing):
         row = {"nsd_voxel": float(same), "nsd_1mm": float(same)}
         return row | {"hd95_mm": 0.0 if same else float(diagonal), "one_mask_empty": not same}
     masks = [torch.from_numpy(mask)[None, None] for mask in (pred, label)]
-    settings = {"include_background": True, "spacing": [float(mm) for mm in spacing]}
-    row = {}
+    settings, row = {"include_background": True, "spacing": [float(mm) for mm in spacing]}, {}
     for name, tolerance in {"nsd_voxel": max(spacing), "nsd_1mm": 1}.items():
         # A hair more, since a shift of one voxel comes out as one voxel only up to rounding.
         threshold = {"class_thresholds": [float(tolerance) * 1.0001], "use_subvoxels": True}
@@ -1454,9 +1418,8 @@ def calculate_boundary_metrics(pred, label, spacing):
 def network_input(image, device, cfg):
     """Return images (B, 1, H, W, D) on `device`, in the memory layout that was measured to be fast.
 
-    The features follow it. On CPUs channels-last is faster with small networks and no slower with
-    large ones, except in training in bfloat16, for the backward pass of depthwise convolutions. On
-    an H100 it is slower, with efficientnet-b7 4 times in training and 11 times in inference.
+    Channels-last is faster on CPUs, but for the backward pass of depthwise convolutions in
+    bfloat16. On an H100 it is slower, with efficientnet-b7 4 (training) and 11 times (inference).
     """
     slow = torch.is_grad_enabled() and autocast_dtype(device, cfg) != torch.float32
     layout = torch.contiguous_format if device.type != "cpu" or slow else torch.channels_last_3d
@@ -1468,43 +1431,33 @@ def network_input(image, device, cfg):
 def predict_logits(model, image, cfg):
     """Return the logits (1, 1, H, W, D) float32 of a volume (1, H, W, D), both on the working grid.
 
-    Windows of IMG_PATCH_SIZE overlap and are blended with Gaussian weights; a smaller volume is
-    padded. Puts the model into evaluation mode.
+    Windows overlap and are blended with Gaussian weights; a volume smaller than one is padded.
     """
     model.eval()
     device = place = next(model.parameters()).device
-    if (
-        device.type == "cuda"
-    ):  # volume, sum and weights, 4 bytes a voxel each, and room for the rest
+    if device.type == "cuda":  # the volume, sum and weights take 12 bytes a voxel, of some 48
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if 4 * 12 * image.numel() > torch.cuda.mem_get_info(device)[0] + idle:
-            place = torch.device("cpu")
+        large = 48 * image.numel() > torch.cuda.mem_get_info(device)[0] + idle
+        place = torch.device("cpu") if large else device
 
     def predict_windows(windows):
         with autocast(device, cfg):
             return model(network_input(windows, device, cfg)).float()
 
-    return sliding_window_inference(
-        image[None].float().to(place),
-        cfg.IMG_PATCH_SIZE,
-        cfg.SW_BATCH_SIZE,
-        predict_windows,
-        overlap=cfg.SW_OVERLAP,
-        mode="gaussian",
-        sw_device=device,
-        device=place,
-    )
+    settings = {"roi_size": cfg.IMG_PATCH_SIZE, "sw_batch_size": cfg.SW_BATCH_SIZE}
+    settings |= {"overlap": cfg.SW_OVERLAP, "mode": "gaussian"}
+    settings |= {"predictor": predict_windows, "sw_device": device, "device": place}
+    return sliding_window_inference(image[None].float().to(place), **settings)
 
 
 def predict_prob(model, image, cfg):
     """Return the probability of PVS of a volume (1, H, W, D), of that shape, working grid.
 
-    It is the mean over the models of a ModuleList and, with TTA_FLIPS, over the volume's eight
-    views, mirrored along none, one, two or all axes.
+    It is the mean over the models of a ModuleList and, with TTA_FLIPS, eight mirrored views.
     """
     models = model if isinstance(model, nn.ModuleList) else [model]
-    most = 3 if cfg.TTA_FLIPS else 0
-    views = [axes for n in range(most + 1) for axes in itertools.combinations((1, 2, 3), n)]
+    numbers = range(4 if cfg.TTA_FLIPS else 1)
+    views = [axes for n in numbers for axes in itertools.combinations((1, 2, 3), n)]
     total = torch.zeros(())
     for part, axes in itertools.product(models, views):
         prob = torch.sigmoid(predict_logits(part, image.flip(axes), cfg)[0]).flip(axes)
@@ -1513,10 +1466,9 @@ def predict_prob(model, image, cfg):
 
 
 def predict_case(model, entry, cfg):
-    """Return the probabilities of PVS on the working grid (H, W, D) and the native grid (X, Y, Z).
+    """Return the float32 probabilities of PVS on working grid (H, W, D) and native grid (X, Y, Z).
 
-    `entry` holds the image and affines of `to_working_grid`. Both are float32 arrays. The
-    probability goes to the native grid, not the mask: what it says between voxels is kept.
+    It is them, not the mask, that go to the native grid: what they say between voxels is kept.
     """
     prob = predict_prob(model, entry["image"], cfg)
     return prob[0].cpu().numpy(), to_native_grid(prob, entry)[0].cpu().numpy()
@@ -1534,6 +1486,9 @@ def decide(prob, affine, cfg):
 
 # ------------------------------------------------------------------------------------- Checkpoints
 
+CHECKPOINT_KEYS = ("model", "config", "sha256", "history_row")  # what using a checkpoint takes
+LAST_KEYS = ("optimizer", "plateau", "scaler", "progress", "label_sha256")  # what going on takes
+
 
 def package_versions():
     """Return the versions of Python and of the packages that make the numbers."""
@@ -1547,63 +1502,33 @@ def describe_origin(cfg):
     return package_versions() | {"arithmetic": str(autocast_dtype(choose_device(cfg), cfg))}
 
 
-def list_hashes(split, key):
-    """Return by part of the split {name: hash of the voxels} of its cases."""
-    return {part: {case.name: getattr(case, key) for case in split[part]} for part in split}
-
-
-CHECKPOINT_KEYS = ("model", "config", "sha256", "history_row")  # what using a checkpoint takes
-LAST_KEYS = ("optimizer", "plateau", "scaler", "progress", "label_sha256")  # what going on takes
-
-
 def read_checkpoint(path, keys=CHECKPOINT_KEYS):
-    """Return the content of a checkpoint file.
-
-    Raises:
-        ValueError: missing, damaged or not of this script; names the file.
-    """
+    """Return the content of a checkpoint; a ValueError names a missing, damaged or foreign file."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch compares no checksums
             require(not archive.testzip(), "wrong checksum")
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
         require(all(isinstance(content[key], dict) for key in keys), "other content")
         return content
-    except FileNotFoundError:
-        told = "no such file, expected a checkpoint; train first, or name one with --checkpoint"
-        raise ValueError(f"{path}: {told}") from None
     except READ_ERRORS as error:
-        told = f"expected a checkpoint of this script, damaged or of another ({explain(error)})"
-        raise ValueError(f"{path}: {told}") from None
+        told = f"{path}: expected a checkpoint of this script ({explain(error)}); train first, "
+        raise ValueError(told + "without --resume, or name one with --checkpoint") from None
 
 
 def load_weights(model, content, path):
-    """Load a checkpoint's weights; a ValueError names the file where they do not fit."""
+    """Load a checkpoint's weights; a ValueError names the file where they do not fit or are NaN."""
     try:
         model.load_state_dict(content["model"])
-    except (RuntimeError, TypeError, AttributeError) as error:
+        finite = all(weights.isfinite().all() for weights in model.state_dict().values())
+        require(finite, "some are NaN or infinite")
+    except READ_ERRORS as error:
         told = f"its weights do not fit the network it names ({explain(error)})"
         raise ValueError(f"{path}: {told}") from None
-    finite = all(weights.isfinite().all() for weights in model.state_dict().values())
-    require(finite, f"{path}: expected finite weights, some are NaN or infinite")
-
-
-def saved_settings(content, path):
-    """Return the settings of a checkpoint, converted; what it lacks is as published."""
-    problems, saved = {}, content["config"]
-    unknown = sorted(set(saved) - names(Config))
-    if unknown:
-        log.warning("Warning: %s: no settings any more, passed over: %s", path, " ".join(unknown))
-    defaults = {field.name: field.default for field in fields(Config)} | PUBLISHED
-    saved = convert_all(defaults | {k: v for k, v in saved.items() if k in defaults}, problems)
-    raise_wrong_settings([f"{path}: {problem}" for problem in problems.values()])
-    return saved
 
 
 def list_differences(one, two, compared):
-    """Return the names of the settings in which two dicts of them differ, sorted.
-
-    dynunet has no ENCODER_NAME.
-    """
+    """Return the names of the settings in which two dicts of them differ, sorted."""
+    # dynunet has no ENCODER_NAME.
     unused = {"ENCODER_NAME"} if one["ARCHITECTURE"] == two["ARCHITECTURE"] == "dynunet" else set()
     return sorted(name for name in {*compared} - unused if one[name] != two[name])
 
@@ -1611,94 +1536,70 @@ def list_differences(one, two, compared):
 def restore_config(content, path, cfg, options):
     """Return the Config of a checkpoint, with what this command may say otherwise.
 
-    A run that goes on is where it was, unless a flag says otherwise; a trained network is used on
-    this machine and into this folder, whatever its training said.
-
-    Raises:
-        ValueError: settings were given that only another training could change; names each.
+    A run that goes on is where it was but for its flags; a trained network is used on this machine
+    and into this folder. What only another training could change is refused by name.
     """
-    saved, here = saved_settings(content, path), {"OUTPUT_DIR"}
-    may_change, asked = names(Data, Output, Decision, Machine), options.of_recipe | options.given
+    saved, problems = content["config"], {}
+    settings = {field.name: field.default for field in fields(Config)} | PUBLISHED
+    for name in saved.keys() - settings.keys():
+        log.warning("Warning: %s: passed over, no setting any more: %s", path, name)
+    saved = convert_all({n: saved.get(n, settings[n]) for n in settings}, problems)
+    raise_wrong_settings([f"{path}: {problem}" for problem in problems.values()])
+    here, free, asked = names(Output, Machine), names(Data, Output, Decision, Machine), {}
     if options.resume:
-        may_change |= names(Length)
-    else:
-        here, asked = names(Output, Machine), options.given
-    asked |= {name: getattr(cfg, name) for name in here}
-    if not any(asked.get("PIX_DIM", ())):  # what the run made of it is known
+        here, free, asked = {"OUTPUT_DIR"}, free | names(Length), options.of_recipe
+    asked = asked | options.given | {name: getattr(cfg, name) for name in here}
+    if not any(asked.get("PIX_DIM", ())):  # 0 0 0: what the run made of it is known
         asked.pop("PIX_DIM", None)
-    fixed = {*list_differences(saved, saved | asked, asked)} - may_change
     told = "{0}: {1} has {2}, not {3}; only another training can change it"
-    raise_wrong_settings(
-        [told.format(n, path, words(saved[n]), words(asked[n])) for n in sorted(fixed)]
-    )
-    problems, restored = {}, replace(cfg, **saved | asked)
-    if not any(restored.PIX_DIM):
-        problems["PIX_DIM"] = "PIX_DIM: expected the spacing of a working grid, got 0 0 0"
+    for n in list_differences(saved, saved | asked, asked.keys() - free):
+        problems[n] = told.format(n, path, words(saved[n]), words(asked[n]))
+    restored = replace(cfg, **saved | {name: asked[name] for name in asked.keys() & free})
     check_config(restored, problems, starts=False)
     raise_wrong_settings(problems.values())
     return restored
 
 
 def read_last(path, cfg, options):
-    """Return (content of `last.pth`, the Config of the run that goes on).
-
-    Raises:
-        ValueError: there is none, or processes or settings differ; names each.
-    """
-    require(path.exists(), f"{path}: no such file, nothing to resume; start without --resume")
+    """Return (content of `last.pth`, the Config of the run that goes on)."""
     content = read_checkpoint(path, CHECKPOINT_KEYS + LAST_KEYS)
-    cfg, (then, now) = (
-        restore_config(content, path, cfg, options),
-        (content["processes"], process_number("WORLD_SIZE")),
-    )
-    told = f"processes (torchrun --nproc_per_node): the run has {then}, now there are {now}"
+    cfg = restore_config(content, path, cfg, options)
+    then, now = content["processes"], process_number("WORLD_SIZE")
+    told = f"processes (torchrun --nproc_per_node): the run has {then:d}, now there are {now:d}"
     require(then == now, told)
-    for name, value in describe_origin(cfg).items():
-        was = content["versions"].get(name, value)
-        if was != value:
-            told = "Warning: the run began with %s %s, now it is %s: the numbers may differ"
-            log.warning(told, name, was, value)
+    told = "Warning: the run began with %s %s, now it is %s: the numbers may differ"
+    now = describe_origin(cfg)
+    for name, then in sorted(content["versions"].items() - now.items()):
+        log.warning(told, name, then, now.get(name))
     return content, cfg
 
 
 def split_as_before(cases, content):
-    """Return the split of the run that goes on; scans that it did not have are left out.
-
-    Raises:
-        ValueError: scans of it are missing; names them.
-    """
+    """Return the split of the run that goes on; missing scans are named, new ones left out."""
     parts, known = content["sha256"], {case.name for case in cases}
     missing = sorted(set().union(*parts.values()) - known)
     require(not missing, f"cannot resume, scans of the run are missing: {', '.join(missing)}")
-    new = sorted(known.difference(*parts.values()))
-    if new:
-        log.info("Not in the run that goes on, left out: %s", " ".join(new))
+    for name in sorted(known.difference(*parts.values())):
+        log.info("Left out, not in the run that goes on: %s", name)
     return {part: [case for case in cases if case.name in chosen] for part, chosen in parts.items()}
 
 
 def check_unchanged(split, content):
     """Raise a ValueError that names scans and masks with other voxels than the run began with."""
-    problems = []
-    for key, kind in {"sha256": "scan", "label_sha256": "mask"}.items():
-        for part, now in list_hashes(split, key).items():
-            changed = [name for name in now if now[name] != content[key][part][name]]
+    problems = ["cannot resume:"]
+    for key, kind in (("sha256", "scan"), ("label_sha256", "mask")):
+        for part, cases in split.items():
+            changed = [c.name for c in cases if getattr(c, key) != content[key][part][c.name]]
             problems += [f"{name}: another {kind} than the run began with" for name in changed]
-    require(not problems, "\n  ".join(["cannot resume:", *problems]))
+    require(len(problems) == 1, "\n  ".join(problems))
 
 
 def load_initial_weights(model, split, cfg):
-    """Load the weights of the checkpoint INIT_FROM into the model.
-
-    Raises:
-        ValueError: no checkpoint, or of another network, names what differs; or a scan that is to
-            be validated or tested on was among those that it trained or chose with.
-    """
-    content = read_checkpoint(cfg.INIT_FROM)
-    saved, now = saved_settings(content, cfg.INIT_FROM), asdict(cfg)
-    differ = list_differences(saved, now, names(Network))
-    lines = [f"{n}: the checkpoint has {saved[n]}, now it is {now[n]}" for n in differ]
-    told = f"{cfg.INIT_FROM}: of another network than this run's:"
-    require(not lines, "\n  ".join([told, *lines]))
+    """Load the weights of INIT_FROM, if they never saw the scans to validate and test on."""
+    content, now = read_checkpoint(cfg.INIT_FROM), asdict(cfg)
+    differ = list_differences(now | content["config"], now, names(Network))
+    told = f"{cfg.INIT_FROM}: expected a checkpoint of this run's network, it has another"
+    require(not differ, f"{told} {', '.join(differ)}")
     load_weights(model, content, cfg.INIT_FROM)
     used = seen_hashes([content])
     seen = [c.image for part in ("val", "test") for c in split[part] if c.sha256 in used]
@@ -1710,7 +1611,7 @@ def load_initial_weights(model, split, cfg):
 def seen_hashes(contents):
     """Return the hashes of the scans that checkpoints were trained or chosen with."""
     parts = [content["sha256"].get(part, {}) for content in contents for part in ("train", "val")]
-    return {sha256 for part in parts for sha256 in part.values()}
+    return set().union(*(part.values() for part in parts))
 
 
 # ---------------------------------------------------------------------------------------- Training
@@ -1719,11 +1620,12 @@ def seen_hashes(contents):
 class TrainState:
     """All that training changes: model, its average, AdamW, schedule, float16's scaler, progress.
 
-    No random state is among it: all randomness is a function of SEED and epoch.
+    It goes on from `last`, the content of last.pth. No random state is among it: all randomness is
+    a function of SEED and epoch. `kept`, validated and saved, is the average where there is one.
     """
 
-    def __init__(self, model, cfg):
-        self.cfg, self.model, self.average = cfg, model, None
+    def __init__(self, model, cfg, last=None):
+        self.cfg, self.model, self.kept = cfg, model, model
         rates = {"lr": cfg.LR, "weight_decay": cfg.WEIGHT_DECAY, "fused": True}
         self.optimizer = torch.optim.AdamW(model.parameters(), **rates)
         falls = {"factor": cfg.LR_FACTOR, "patience": cfg.LR_PATIENCE, "min_lr": cfg.LR_MIN}
@@ -1731,40 +1633,29 @@ class TrainState:
         device = next(model.parameters()).device
         fp16 = autocast_dtype(device, cfg) == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.progress = {"best_dice": -1.0, "waited": 0, "history": []}
+        self.parts = {"model": model, "optimizer": self.optimizer, "plateau": self.plateau}
+        self.parts["scaler"] = self.scaler
         if cfg.EMA_DECAY:
-            self.average = copy.deepcopy(model).requires_grad_(False)
+            self.kept = self.parts["average"] = copy.deepcopy(model).requires_grad_(False)
             self.optimizer.register_step_post_hook(self.follow)  # not where the scaler skips a step
-
-    @property
-    def kept(self):
-        """The model that is validated and saved: the moving average where there is one."""
-        return self.model if self.average is None else self.average
+        last = last or {"progress": {"best_dice": -1.0, "waited": 0, "history": []}}
+        self.progress = last["progress"]
+        for name, part in self.parts.items():
+            if last.get(name):  # not at the start; a scaler that is in use now only has none
+                part.load_state_dict(last[name])
 
     @torch.no_grad()
     def follow(self, *_):
         """Move the average towards the model. Not torch's own: it makes the GPU wait each step."""
-        pairs = zip(*(map(float_tensors, (self.average, self.model))), strict=True)
-        for average, now in pairs:
-            average.lerp_(now, 1 - self.cfg.EMA_DECAY)
-
-    def parts(self):
-        """Return what last.pth has states of, by name."""
-        parts = {name: getattr(self, name) for name in ("model", "optimizer", "plateau", "scaler")}
-        return parts if self.average is None else parts | {"average": self.average}
-
-    def load_state_dict(self, content):
-        """Go on from the states of last.pth; a scaler that is in use now only has none."""
-        self.progress |= content["progress"]
-        for name, part in self.parts().items():
-            if content.get(name):
-                part.load_state_dict(content[name])
+        both = (itertools.chain(m.parameters(), m.buffers()) for m in (self.kept, self.model))
+        for average, now in zip(*both, strict=True):
+            if now.is_floating_point():  # not BatchNorm's counts of batches
+                average.lerp_(now, 1 - self.cfg.EMA_DECAY)
 
     def step(self):
-        """Make one step with the gradients at hand, clipped, and clear them; return their norm.
+        """Make a step with the gradients, clipped, and clear them; return their norm.
 
-        It is 0 where float16's scaler passed over the step since they were too large for it, unless
-        it has done so too often.
+        It is 0 where float16's scaler passed over them as too large, unless too often.
         """
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.GRAD_CLIP))
@@ -1775,28 +1666,17 @@ class TrainState:
         return 0.0 if passed_over and not math.isfinite(norm) else norm
 
 
-def float_tensors(model):
-    """Return a model's parameters and BatchNorm's statistics, but for its counts of batches."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return [tensor for tensor in tensors if tensor.is_floating_point()]
-
-
 def check_finite(value, what, epoch, cases):
     """Raise a FloatingPointError, which names the cases, where a number is not finite."""
     told = f"the {what} became {value} in epoch {epoch} with {', '.join(sorted(set(cases)))}. "
     told += "Nothing was saved from this epoch. Look at these scans, or start anew (--overwrite) "
-    told += "with a lower --lr or --no-amp."
-    require(math.isfinite(value), told, FloatingPointError)
+    require(math.isfinite(value), told + "with a lower --lr or --no-amp.", FloatingPointError)
 
 
 def train_one_epoch(model, state, loader, epoch):
-    """Train once on patches of every case. `model`: the state's, as `share_gradients` has it.
+    """Train once on patches of every case; return (mean loss, Dice of all patches as one volume).
 
-    Returns:
-        (mean loss, Dice of all the epoch's patches as one volume: not comparable to a case's)
-
-    Raises:
-        FloatingPointError: a loss or a gradient is not finite; the weights are of no use then.
+    `model`: the state's, or what shares its gradients. That Dice is not comparable to a case's.
     """
     model.train()
     cfg, device = state.cfg, next(model.parameters()).device
@@ -1809,26 +1689,22 @@ def train_one_epoch(model, state, loader, epoch):
         with autocast(device, cfg):
             logits = model(network_input(batch["image"], device, cfg))
         loss = loss_function(logits.float(), label)
-        group_start = step - step % cfg.ACCUMULATE_STEPS
-        group = min(cfg.ACCUMULATE_STEPS, len(loader) - group_start)
-        seen = batch["name"] if step == group_start else seen + batch["name"]
+        place = step % cfg.ACCUMULATE_STEPS
+        group = min(cfg.ACCUMULATE_STEPS, len(loader) - step + place)  # batches of this step
+        seen = batch["name"] + (seen if place else [])
         state.scaler.scale(loss / group).backward()
         losses.append(float(loss.detach()))
         check_finite(losses[-1], "loss", epoch, batch["name"])
-        if step + 1 == group_start + group:
+        if place + 1 == group:
             check_finite(state.step(), "gradient", epoch, seen)
         pred, true = logits.detach() > 0, label > 0.5
         counts += torch.stack([(pred & true).sum(), pred.sum() + true.sum()]).tolist()
-    hits, both = (sum(counts) for counts in zip(*gather([counts.tolist()]), strict=True))
+    hits, both = sum(gather([counts])).tolist()
     return float(np.mean(gather(losses))), 2 * hits / max(both, 1)
 
 
 def validate(model, cases, cfg, epoch):
-    """Return (mean loss, mean Dice) of the blended logits of whole volumes, working grid.
-
-    Raises:
-        FloatingPointError: a loss is not finite.
-    """
+    """Return (mean loss, mean Dice) of the blended logits of whole volumes, working grid."""
     losses, dices = [], []
     for case in Progress(share(cases), f"epoch {epoch}, validation"):
         entry = load_cached(case)
@@ -1839,125 +1715,53 @@ def validate(model, cases, cfg, epoch):
     return float(np.mean(gather(losses))), float(np.mean(gather(dices)))
 
 
-def share_gradients(model):
-    """Return the model whose backward pass averages the gradients of all processes.
-
-    Of BatchNorm on CUDA the statistics are those of all processes' patches; on CPUs, where that
-    does not exist, those of the first process count.
-    """
-    if process_number("WORLD_SIZE") == 1:
-        return model
-    device = next(model.parameters()).device
-    devices = [device.index] if device.type == "cuda" else None
-    # Some layers of the encoder have no part in the output and get no gradient.
-    parallel = nn.parallel.DistributedDataParallel
-    return parallel(model, device_ids=devices, find_unused_parameters=True)
-
-
 def fit(run, model, cfg, split, last=None):
     """Train until EPOCHS, or until EARLY_STOPPING validations in a row brought no better Dice.
 
-    The weights of the best validation Dice are in `best_model.pth`, always written after the first
-    epoch; `last.pth` holds after every epoch all that going on takes, and `last` is its content.
-    While the Dice has never left 0 the run is not stopped early: with 0.1 % foreground it can stay
-    there for long.
+    `best_model.pth` has the weights of the best validation Dice, from the first epoch on;
+    `last.pth` after every epoch all that going on takes, and `last` is its content. The validation
+    of a last epoch out of its turn may choose the weights, but changes nothing else: a run that
+    goes on to more epochs takes it back and is the one that had them from the start.
     """
-    loader = build_train_loader(split["train"], cfg, next(model.parameters()).device)
-    state, parallel = TrainState(model, cfg), share_gradients(model)
-    if last:
-        state.load_state_dict(last)
-    progress = state.progress
+    device, parallel = next(model.parameters()).device, model
+    loader, state = build_train_loader(split["train"], cfg, device), TrainState(model, cfg, last)
+    if process_number("WORLD_SIZE") > 1:  # the backward pass averages the processes' gradients
+        own = [device.index] if device.type == "cuda" else None
+        # Some layers of the encoder have no part in the output and get no gradient.
+        parallel = nn.parallel.DistributedDataParallel(model, own, find_unused_parameters=True)
+    progress, former_best = state.progress, last and last["former_best"]
     history = progress["history"]
     while len(history) < cfg.EPOCHS and not stops_early(progress, cfg):
-        if last and history[-1]["val_dice"] is not None and not is_in_turn(len(history), cfg):
-            take_back_validation(run, progress, last)
-        row, last = train_and_validate(parallel, state, loader, split["val"]), None
+        if former_best and first_process():
+            write_torch(run.best, former_best)
+        former_best = None
+        in_turn = not history or (len(history) + 1) % cfg.VAL_EVERY == 0
+        row = train_and_validate(parallel, state, loader, split["val"], in_turn)
         history.append(row)
-        improved, former_best = judge(run, state, row)
+        improved = row["val_dice"] is not None and row["val_dice"] > progress["best_dice"]
+        if in_turn:
+            state.plateau.step(row["val_loss"])
+            progress["waited"] = 0 if improved else progress["waited"] + 1
+            progress["best_dice"] = max(row["val_dice"], progress["best_dice"])
         if first_process():
-            save_epoch(run, state, split, improved, former_best)
+            save_epoch(run, state, split, improved, in_turn)
         log_epoch(history, improved, cfg)
-        if row["epoch"] == 50 and progress["best_dice"] == 0:
+        if row["epoch"] == 50 and progress["best_dice"] == 0 and not improved:
             log.warning("Warning: validation Dice is still 0; going on. %s", advice(cfg))
 
 
-def is_in_turn(epoch, cfg):
-    """Return whether an epoch has a validation whatever the length of the run."""
-    return epoch == 1 or epoch % cfg.VAL_EVERY == 0
-
-
-def train_and_validate(parallel, state, loader, val_cases):
-    """Train an epoch and, where it is due or the last, validate; return its row of the history.
-
-    `parallel`: the model as `share_gradients` has it.
-    """
-    cfg, history = state.cfg, state.progress["history"]
-    start, epoch = time.perf_counter(), len(history) + 1
-    row = {"epoch": epoch, "val_loss": None, "val_dice": None}
-    row["lr"] = state.optimizer.param_groups[0]["lr"]
-    row["train_loss"], row["train_dice"] = train_one_epoch(parallel, state, loader, epoch)
-    if parallel is not state.model:  # BatchNorm's statistics, as the checkpoint has them
-        for buffer in [b for model in {state.model: 0, state.kept: 0} for b in model.buffers()]:
-            dist.broadcast(buffer, 0)
-    row["seconds"] = round(gather([time.perf_counter() - start])[0], 2)  # the first process's
-    if is_in_turn(epoch, cfg) or epoch == cfg.EPOCHS or time_is_up([*history, row], cfg):
-        row["val_loss"], row["val_dice"] = validate(state.kept, val_cases, cfg, epoch)
-        row["seconds"] = round(gather([time.perf_counter() - start])[0], 2)
-    return row
-
-
-def judge(run, state, row):
-    """Let a validation change learning rate, early stopping and the best Dice.
-
-    That of a last epoch out of its turn may choose the weights, but no more: a run that goes on to
-    more epochs is the one that had them from the start, see `take_back_validation`.
-
-    Returns:
-        (whether the Dice is the best so far, the checkpoint that is then to be kept as it was)
-    """
-    progress, dice, former_best = state.progress, row["val_dice"], None
-    improved = dice is not None and dice > progress["best_dice"]
-    if dice is not None and is_in_turn(row["epoch"], state.cfg):
-        state.plateau.step(row["val_loss"])
-        progress["waited"] = 0 if improved else progress["waited"] + 1
-    elif improved and first_process():
-        former_best = read_checkpoint(run.best)
-    progress["best_dice"] = dice if improved else progress["best_dice"]
-    return improved, former_best
-
-
-def take_back_validation(run, progress, last):
-    """Undo the validation out of its turn with which the run ended, before it goes on."""
-    progress["history"][-1] |= {"val_loss": None, "val_dice": None}
-    if last["former_best"]:
-        progress["best_dice"] = last["former_best"]["history_row"]["val_dice"]
-        if first_process():
-            write_torch(run.best, last["former_best"])
-
-
-def save_epoch(run, state, split, improved, former_best):
-    """Write the checkpoints and the history after an epoch, the best weights if they are.
-
-    Both checkpoints tell of Config, working grid, versions, the epoch's row of history, and by part
-    of the split {name: sha256 of the voxels} of the scans, by which they are known again.
-    """
-    cfg, history = state.cfg, state.progress["history"]
-    grid = {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
-    content = {"config": asdict(cfg), "working_grid": grid, "versions": describe_origin(cfg)}
-    content |= {"sha256": list_hashes(split, "sha256"), "history_row": history[-1]}
-    if improved:
-        write_torch(run.best, content | {"model": state.kept.state_dict()})
-    write_json(run.history, history)
-    content |= {name: part.state_dict() for name, part in state.parts().items()}
-    content |= {"progress": state.progress, "former_best": former_best}
-    content |= {"processes": process_number("WORLD_SIZE")}
-    # Last: a run that is killed before goes through the epoch again, and writes all of it again.
-    write_torch(run.last, content | {"label_sha256": list_hashes(split, "label_sha256")})
+def seconds_left(history, cfg):
+    """Return what MAX_MINUTES leaves after these epochs; without a limit, infinity."""
+    spent = sum(row["seconds"] for row in history)
+    return 60 * cfg.MAX_MINUTES - spent if cfg.MAX_MINUTES else math.inf
 
 
 def stops_early(progress, cfg):
-    """Return, and print, whether EARLY_STOPPING or MAX_MINUTES ends the training."""
-    waited, late = progress["waited"], time_is_up(progress["history"], cfg)
+    """Return, and print, whether EARLY_STOPPING or MAX_MINUTES ends the training.
+
+    Never early while the Dice has not left 0: with 0.1 % foreground it can stay there for long.
+    """
+    waited, late = progress["waited"], seconds_left(progress["history"], cfg) <= 0
     early = waited >= cfg.EARLY_STOPPING and progress["best_dice"] > 0
     if early:
         log.info("Stopped early: no better validation Dice in %d validations", waited)
@@ -1966,9 +1770,40 @@ def stops_early(progress, cfg):
     return early or late
 
 
-def time_is_up(history, cfg):
-    """Return whether the epochs of a history took MAX_MINUTES."""
-    return 0 < cfg.MAX_MINUTES <= sum(row["seconds"] for row in history) / 60
+def train_and_validate(parallel, state, loader, val_cases, in_turn):
+    """Train an epoch and, `in_turn` or as the last, validate; return its row of the history."""
+    cfg, history, start = state.cfg, state.progress["history"], time.perf_counter()
+    epoch, lr = len(history) + 1, state.optimizer.param_groups[0]["lr"]
+    row = {"epoch": epoch, "val_loss": None, "val_dice": None, "lr": lr}
+    row["train_loss"], row["train_dice"] = train_one_epoch(parallel, state, loader, epoch)
+    if parallel is not state.model:  # BatchNorm's statistics on CPUs are the first process's
+        for buffer in itertools.chain(state.model.buffers(), state.kept.buffers()):
+            dist.broadcast(buffer, 0)
+    row["seconds"] = round(gather([time.perf_counter() - start])[0], 2)  # the first process's
+    if in_turn or epoch == cfg.EPOCHS or seconds_left([*history, row], cfg) <= 0:
+        row["val_loss"], row["val_dice"] = validate(state.kept, val_cases, cfg, epoch)
+        row["seconds"] = round(gather([time.perf_counter() - start])[0], 2)
+    return row
+
+
+def save_epoch(run, state, split, improved, in_turn):
+    """Write the checkpoints and the history after an epoch, the best weights if they are."""
+    cfg, progress, former_best = state.cfg, state.progress, None
+    history, grid = progress["history"], {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
+    content = {"config": asdict(cfg), "working_grid": grid, "versions": describe_origin(cfg)}
+    content |= {"history_row": history[-1], "processes": process_number("WORLD_SIZE")}
+    for key in ("sha256", "label_sha256"):  # of the voxels, by which scans are known again
+        content[key] = {part: {c.name: getattr(c, key) for c in split[part]} for part in split}
+    if not in_turn:  # for a run that goes on
+        former_best = read_checkpoint(run.best) if improved else None
+        row = history[-1] | {"val_loss": None, "val_dice": None}
+        progress = progress | {"history": [*history[:-1], row]}
+    if improved:
+        write_torch(run.best, content | {"model": state.kept.state_dict()})
+    write_json(run.history, history)
+    content |= {name: part.state_dict() for name, part in state.parts.items()}
+    # Last: a run that is killed before goes through the epoch again, and writes all of it again.
+    write_torch(run.last, content | {"progress": progress, "former_best": former_best})
 
 
 def log_epoch(history, improved, cfg):
@@ -1978,22 +1813,19 @@ def log_epoch(history, improved, cfg):
         log.info("epoch  train loss   Dice    val loss   Dice         LR  seconds  time left")
     loss, dice = ("-" if row[k] is None else f"{row[k]:.4f}" for k in ("val_loss", "val_dice"))
     left = (cfg.EPOCHS - row["epoch"]) * np.mean([r["seconds"] for r in history[-20:]])
-    if cfg.MAX_MINUTES:
-        left = min(left, max(60 * cfg.MAX_MINUTES - sum(r["seconds"] for r in history), 0))
-    log.info(
-        f"{row['epoch']:5d} {row['train_loss']:11.4f} {row['train_dice']:6.4f} {loss:>11} "
-        f"{dice:>6}{'*' if improved else ' '} {row['lr']:9.1e} {row['seconds']:8.1f} "
-        f"{timedelta(seconds=round(left))!s:>10}"
-    )
+    left = timedelta(seconds=round(max(min(left, seconds_left(history, cfg)), 0)))
+    cells = [loss, dice, "*" if improved else " ", row["lr"], row["seconds"], left]
+    cells = [row["epoch"], row["train_loss"], row["train_dice"], *cells]
+    log.info("%5d %11.4f %6.4f %11s %6s%s %9.1e %8.1f %10s", *cells)
 
 
 def advice(cfg):
     """Return what to try where nothing is learned."""
-    tries = [] if cfg.HEAD_BIAS_LOG_ODDS else ["--head-bias-log-odds"]
+    tries = "" if cfg.HEAD_BIAS_LOG_ODDS else "--head-bias-log-odds, "
     if cfg.ARCHITECTURE == "unetplusplus" and cfg.BATCHNORM_MOMENTUM < 0.1:
-        tries.append("--batchnorm-momentum 0.1")
-    tries += ["--ema-decay 0"] if cfg.EMA_DECAY else []
-    return f"See whether the masks fit the scans, then try {', '.join([*tries, 'a lower --lr'])}."
+        tries += "--batchnorm-momentum 0.1, "
+    tries += "--ema-decay 0, " if cfg.EMA_DECAY else ""
+    return f"See whether the masks fit the scans, then try {tries}a lower --lr."
 
 
 # -------------------------------------------------------------------------------------- Evaluation
