@@ -1777,8 +1777,9 @@ def train_and_validate(parallel, state, loader, val_cases, in_turn):
     row = {"epoch": epoch, "val_loss": None, "val_dice": None, "lr": lr}
     row["train_loss"], row["train_dice"] = train_one_epoch(parallel, state, loader, epoch)
     if parallel is not state.model:  # BatchNorm's statistics on CPUs are the first process's
-        for buffer in itertools.chain(state.model.buffers(), state.kept.buffers()):
-            dist.broadcast(buffer, 0)
+        for part in dict.fromkeys((state.model, state.kept)):
+            for buffer in part.buffers():
+                dist.broadcast(buffer, 0)
     row["seconds"] = round(gather([time.perf_counter() - start])[0], 2)  # the first process's
     if in_turn or epoch == cfg.EPOCHS or seconds_left([*history, row], cfg) <= 0:
         row["val_loss"], row["val_dice"] = validate(state.kept, val_cases, cfg, epoch)
