@@ -2241,7 +2241,8 @@ def score_case(case, entry, working_pred, pred, label):
     return row | calculate_boundary_metrics(pred, label, nib.affines.voxel_sizes(affine))
 
 
-BURDEN = ("label", "pred", "error", "error_percent")  # of count and volume_ml
+FOUND = [*itertools.product(LESION_RULES, ("sensitivity", "precision", "f1"))]
+BURDEN = [*itertools.product(("count", "volume_ml"), ("label", "pred", "error", "error_percent"))]
 # A score of `score_case`, where its summary lies in the JSON, its title in the printed table ("":
 # not printed). A line more here is summarised, written and printed, of a run and over folds.
 SCORES = (
@@ -2249,12 +2250,8 @@ SCORES = (
     ("native_dice", "native dice", "native Dice"),
     *((f"native_{name}", f"native {name}", "") for name in ("iou", "precision", "recall")),
     ("roundtrip_dice", "roundtrip dice", "round trip"),
-    *(
-        (f"lesion_{name}_{rule}", f"lesions {rule} {name}", "")
-        for rule, name in itertools.product(LESION_RULES, ("sensitivity", "precision", "f1"))
-    ),
-    *((f"count_{kind}", f"burden count {kind}", "") for kind in BURDEN),
-    *((f"volume_ml_{kind}", f"burden volume_ml {kind}", "") for kind in BURDEN),
+    *((f"lesion_{name}_{rule}", f"lesions {rule} {name}", "") for rule, name in FOUND),
+    *((f"{name}_{kind}", f"burden {name} {kind}", "") for name, kind in BURDEN),
     ("nsd_voxel", "boundary nsd_voxel", ""),
     ("nsd_1mm", "boundary nsd_1mm", "NSD 1 mm"),
     ("hd95_mm", "boundary hd95_mm", "HD95, mm"),
@@ -2398,16 +2395,16 @@ def log_summaries(rows, blocks):
 
 def log_test_table(rows, blocks, cfg):
     """Print the scores of all test cases, and below them the burden."""
-    log.info("\nTest scores of %d scans, %s", len(rows), data_set_name(cfg))
     told = "Dice, IoU, precision, recall: %s; the others: native grid of each scan"
+    log.info("\nTest scores of %d scans, %s", len(rows), data_set_name(cfg))
     log.info(told, describe_grid(cfg))
     log_summaries(rows, blocks)
     lesions, volume = blocks["lesions"], blocks["burden"]["volume_ml"]
     f1 = [f"{lesions[rule]['f1']['mean']:.4f} ({LESION_RULES[rule]})" for rule in LESION_RULES]
-    counts = f"{lesions['count_label']} in the ground truth, {lesions['count_pred']} predicted"
-    log.info("PVS: %s; mean F1 %s", counts, ", ".join(f1))
-    means = [f"{volume[side]['mean']:.3f} ml" for side in ("label", "pred")]
-    log.info("Mean volume: %s in the ground truth, %s predicted", *means)
+    told = "PVS: %d in the ground truth, %d predicted; mean F1 %s"
+    log.info(told, lesions["count_label"], lesions["count_pred"], ", ".join(f1))
+    means = (volume["label"]["mean"], volume["pred"]["mean"])
+    log.info("Mean volume: %.3f ml in the ground truth, %.3f ml predicted", *means)
     log.info("Scans where one mask is empty: %d", blocks["boundary"]["one_mask_empty"])
 
 
@@ -2444,12 +2441,12 @@ def write_description(run, cases, cfg):
         above = Path(case.image).resolve().parents
         marked = [p for p in above if (p / "dataset_description.json").exists()]
         sources.add((marked or above)[0].as_uri())
-    made = [f"{name} {words(getattr(cfg, name))}" for name in sorted(names(Decision))]
-    made = ", ".join([describe_network(cfg), describe_grid(cfg), *made])
+    made = f"{describe_network(cfg)}, {describe_grid(cfg)}, TTA_FLIPS {cfg.TTA_FLIPS}; mask where "
+    made += f"above {cfg.THRESHOLD:g}, without components below {cfg.SMALLEST_PVS:g} mm3"
     content = {"Name": "Perivascular spaces (PVS), predicted", "BIDSVersion": "1.10.0"}
     content |= {"GeneratedBy": [{"Name": "train_pvs.py", "Description": made}]}
-    content |= {"SourceDatasets": [{"URL": source} for source in sorted(sources)]}
-    content |= {"DatasetType": "derivative"}
+    content["SourceDatasets"] = [{"URL": source} for source in sorted(sources)]
+    content["DatasetType"] = "derivative"
     write_json(run.predictions / "dataset_description.json", content)
 
 
@@ -2574,12 +2571,10 @@ def draw_agreement(run, rows, burden, cfg):
         if result["bias"] is not None:
             low, high = result["limits_of_agreement"]
             told = f"bias {result['bias']:.2f}, limits of agreement {low:.2f} to {high:.2f}"
-            bland.axhline(result["bias"], color="C1", label=told)
-            for height in (low, high):
-                bland.axhline(height, color="C1", ls="--")
-        bland.set(title="Bland-Altman", xlabel=f"mean of both, {unit}")
-        bland.set_ylabel(f"prediction - ground truth, {unit}")
-        bland.margins(y=0.3)  # room for the legend
+            for height, text in ((result["bias"], told), (low, None), (high, None)):
+                bland.axhline(height, color="C1", ls="-" if text else "--", label=text)
+        bland.set(xlabel=f"mean of both, {unit}", ylabel=f"prediction - ground truth, {unit}")
+        bland.set(title="Bland-Altman", ymargin=0.3)  # room for the legend
     for ax in axes.flat:
         ax.grid(alpha=0.3)
         ax.legend()
@@ -2782,15 +2777,16 @@ def keep_prepared(split, prepared, cfg):
     """
     ready = {case.name: case for case in prepared}
     split = {part: [ready[case.name] for case in cases] for part, cases in split.items()}
-    for case in split["train"]:
-        if not case.working_voxels:
-            told = "Warning: not trained with, no PVS on the working grid (%d on its own): %s"
-            log.warning(told, case.native_voxels, case.label)
-    split["train"] = [case for case in split["train"] if case.working_voxels]
-    bare = [part for part in ("train", "val") if not any(c.working_voxels for c in split[part])]
-    told = f"expected masks with PVS on the working grid, none is left in {', '.join(bare)}"
-    remedy = "Choose other subjects with --split, or draw them with another --seed."
-    require(not bare, f"{cfg.DATA_DIR}: {told}. {remedy}")
+    for case in [case for case in split["train"] if not case.working_voxels]:
+        split["train"].remove(case)
+        told = "Warning: not trained with, no PVS on the working grid (%d on its own): %s"
+        log.warning(told, case.native_voxels, case.label)
+    for part in ("train", "val"):
+        told = (
+            f"{cfg.DATA_DIR}: expected masks with PVS on the working grid, none is left in {part}. "
+        )
+        told += "Choose other subjects with --split, or draw them with another --seed."
+        require(any(case.working_voxels for case in split[part]), told)
     return split
 
 
@@ -2799,10 +2795,6 @@ def set_up_training(cfg, options):
     run, last = Run(cfg.OUTPUT_DIR), None
     if options.resume:
         last, cfg = read_last(run.last, cfg, options)
-    starts = cfg.INIT_FROM and not last
-    mine = starts and any(os.path.samefile(cfg.INIT_FROM, path) for path in run.results())
-    told = f"{cfg.INIT_FROM}: INIT_FROM, which this run would replace; choose another --output-dir"
-    require(not mine, told)
     there = options.demo or os.path.isdir(cfg.DATA_DIR)
     require(there, f"{cfg.DATA_DIR}: no such folder (DATA_DIR)\n{HOW_TO_GET_DATA}")
     again = options.demo and Path(cfg.DATA_DIR, "dataset_description.json").exists()
@@ -2813,7 +2805,7 @@ def set_up_training(cfg, options):
         if first_process() == turn:
             if options.demo:
                 make_demo_data(cfg.DATA_DIR, cfg.SEED)
-            model = build_model(cfg, pretrained=not (last or starts or options.check))
+            model = build_model(cfg, pretrained=not (last or cfg.INIT_FROM or options.check))
         wait_for_all()
     cases = find_cases(cfg)
     split = split_as_before(cases, last) if last else split_cases(cases, cfg)
@@ -2823,99 +2815,99 @@ def set_up_training(cfg, options):
     split = keep_prepared(split, prepare_cases(cases, cfg), cfg)
     if last:
         check_unchanged(split, last)
-    if starts:
+        log.info("Resumed         after epoch %d", len(last["progress"]["history"]))
+    elif cfg.INIT_FROM:
         load_initial_weights(model, split, cfg)
     log_plan(run, cfg, model, ", ".join(f"{len(part)} {name}" for name, part in split.items()))
     for part in ("val", "test"):
         log.info("  %-14s%s", part, " ".join(case.name for case in split[part][:10]))
     if options.check:
-        told = "Nothing was trained (--check). What it leaves, and a run reads: %s; a log in %s"
-        log.info(told, cache_folder(cfg), run.logs)
+        log.info("Nothing was trained (--check). What a run reads: %s", cache_folder(cfg))
         return lambda: 0
-    if last:
-        log.info("Resumed         after epoch %d", len(last["progress"]["history"]))
     return functools.partial(train, run, model, split, cfg, last)
 
 
 def train(run, model, split, cfg, last):
-    """Fit, from `last.pth` on if there is its content, then test the best weights; return status."""
+    """Fit, from `last.pth` on if there is its content, test the best weights; return the status."""
+    device, shared = choose_device(cfg), process_number("WORLD_SIZE") > 1
     if not last:
         run.clear()  # --overwrite
         for kind in ("json", "csv") if cfg.FOLDS else ():  # written anew at this fold's end
             (run.folder.parent / f"cross_validation.{kind}").unlink(missing_ok=True)
     if first_process():
-        parts = {name: sorted({c.subject for c in part}) for name, part in split.items()}
-        write_json(run.split, parts)
-    model.to(choose_device(cfg))
+        write_json(run.split, {part: sorted({c.subject for c in split[part]}) for part in split})
+    model.to(device)
     if cfg.HEAD_BIAS_LOG_ODDS and not cfg.INIT_FROM:
         start_at_log_odds(model, split["train"], cfg)
-    if process_number("WORLD_SIZE") > 1 and choose_device(cfg).type == "cuda":
+    if shared and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     fit(run, model, cfg, split, last)
     wait_for_all()  # the first has written the weights
     content = read_checkpoint(run.best)
     load_weights(model, content, run.best)
-    best = describe_weights(content, run.best)
-    told = "Best validation Dice %.4f on the working grid, in epoch %d"
-    log.info(told, best["val_dice"], best["epoch"])
-    evaluate(run, model, split["test"], best, cfg)
-    if best["val_dice"] == 0 and first_process():
+    evaluate(run, model, split["test"], {run.best: content}, cfg)
+    learned = content["history_row"]["val_dice"] > 0
+    if not learned and first_process():
         log.error("No PVS were learned: the validation Dice never left 0. %s", advice(cfg))
-    return int(best["val_dice"] == 0)
-
-
-def describe_weights(content, path):
-    """Return {"file", "epoch", "val_dice"} of a checkpoint's content."""
-    return {"file": str(path)} | {key: content["history_row"][key] for key in ("epoch", "val_dice")}
+    return int(not learned)
 
 
 def read_again(case):
     """Return the scan and the bool mask (X, Y, Z) of a case; an OSError if they have changed."""
-    volumes = []
-    for path, known in ((case.image, case.sha256), (case.label, case.label_sha256)):
-        try:
-            volumes.append(read_volume(path))
-        except ValueError as error:
-            raise OSError(str(error)) from None
-        same = hash_voxels(volumes[-1]) == known
+    try:
+        image, label = read_volume(case.image), read_volume(case.label)
+    except ValueError as error:
+        raise OSError(str(error)) from None
+    for path, volume, known in ((case.image, image, "sha256"), (case.label, label, "label_sha256")):
+        same = hash_voxels(volume) == getattr(case, known)
         require(same, f"{path}: has other voxels than when the run began", OSError)
-    return np.asarray(volumes[0][0]), np.asarray(volumes[1][0]) > 0
+    return np.asarray(image[0]), np.asarray(label[0]) > 0
 
 
-def evaluate(run, model, cases, weights, cfg):
+def log_weights(contents):
+    """Print which weights are used; return {"file", "epoch", "val_dice"} of each checkpoint."""
+    rows = [{"file": str(path)} | content["history_row"] for path, content in contents.items()]
+    for row in rows:
+        dice = row["val_dice"] and f"{row['val_dice']:.4f}"
+        log.info(
+            "Weights         epoch %d, validation Dice %s on the working grid", row["epoch"], dice
+        )
+    return [{key: row[key] for key in ("file", "epoch", "val_dice")} for row in rows]
+
+
+def evaluate(run, model, cases, contents, cfg):
     """Test prepared cases on both grids, write predictions, scores, figures; return status 0.
 
-    `weights`: which they are, as `describe_weights` tells; a list for several checkpoints.
+    `contents`: {path: content} of the checkpoints that the model has its weights from.
     """
-    rows, cuts = [], []
+    rows, cuts, weights = [], [], log_weights(contents)
     for case in Progress(share(cases), "testing"):
         entry, (image, label) = load_cached(case), read_again(case)
-        working_prob, prob = predict_case(model, entry, cfg)
-        affine = entry["native_affine"].numpy()
-        pred, working_pred = (
-            decide(prob, affine, cfg),
-            decide(working_prob, entry["affine"].numpy(), cfg),
+        (working_prob, prob), affine = (
+            predict_case(model, entry, cfg),
+            entry["native_affine"].numpy(),
         )
+        pred = decide(prob, affine, cfg)
+        working_pred = decide(working_prob, entry["affine"].numpy(), cfg)
         write_prediction(run, case, pred, prob, cfg)
         rows.append(score_case(case, entry, working_pred, pred, label))
         masks = {"ground truth": label, "prediction": pred}
         title = describe_scores(rows[-1], affine, cfg)
         cuts.append(draw_case(run, case, image, affine, masks, title))
     rows, cuts = gather(rows), gather(cuts)
-    if not first_process():
-        return 0
-    write_description(run, cases, cfg)
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    origin = {"config": asdict(cfg), "versions": package_versions(), "checkpoint": weights}
-    origin |= {"date": date, "device": str(choose_device(cfg))}
-    blocks = write_test_metrics((run.scores, run.table), rows, origin, cfg)
-    draw_test_grid(run, rows, cuts, cfg)
-    draw_agreement(run, rows, blocks["burden"], cfg)
-    draw_training_curves(run, cfg)
-    log_test_table(rows, blocks, cfg)
-    if run.folder.name == f"fold-{cfg.FOLD}" and run.best.exists():  # no external test
-        pool_folds(run, cfg)
-    log.info("\nScores and figures are in %s", run.folder.resolve())
+    if first_process():
+        write_description(run, cases, cfg)
+        origin = {"checkpoint": weights if len(weights) > 1 else weights[0], "config": asdict(cfg)}
+        origin |= {"device": str(choose_device(cfg)), "versions": package_versions()}
+        origin["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        blocks = write_test_metrics((run.scores, run.table), rows, origin, cfg)
+        draw_test_grid(run, rows, cuts, cfg)
+        draw_agreement(run, rows, blocks["burden"], cfg)
+        draw_training_curves(run, cfg)
+        log_test_table(rows, blocks, cfg)
+        if run.folder.name == f"fold-{cfg.FOLD}" and run.best.exists():  # no external test
+            pool_folds(run, cfg)
+        log.info("\nScores and figures are in %s", run.folder.resolve())
     return 0
 
 
@@ -2946,14 +2938,12 @@ def predict_scans(run, model, cases, cfg):
         try:
             rows.append(segment_scan(run, model, case, cfg))
             write_csv(run.burden, rows)
-        except ValueError as error:
-            problems.append(str(error))
-        except (MemoryError, RuntimeError) as error:
-            if not lacks_memory(error):
+            log.info("%(name)s: %(count)d PVS, %(volume_ml).3f ml", rows[-1])
+        except (ValueError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, ValueError) and not lacks_memory(error):
                 raise
-            problems.append(f"{case.image}: memory ran out; {OUT_OF_MEMORY}")
-    for row in rows:
-        log.info("%s: %d PVS, %.3f ml", row["name"], row["count"], row["volume_ml"])
+            memory = f"{case.image}: memory ran out; {OUT_OF_MEMORY}"
+            problems.append(str(error) if isinstance(error, ValueError) else memory)
     log.info("%d of %d scans are segmented in %s", len(rows), len(cases), run.folder.resolve())
     for problem in problems:
         log.error("Not segmented: %s", problem)
@@ -2976,14 +2966,11 @@ def restore_configs(contents, cfg, options):
 
 
 def choose_test_cases(cases, contents):
-    """Return the cases that no checkpoint was trained or chosen with; log the others.
-
-    Scans are known again by their voxels, wherever the files lie.
-    """
-    used = seen_hashes(contents)
+    """Return the cases that no checkpoint was trained or chosen with, by voxels; log the others."""
+    used = seen_hashes(contents.values())
     left_out = [case.name for case in cases if case.sha256 in used]
-    told = "the checkpoint was trained or chosen with every scan, none is left to test on"
-    require(len(left_out) < len(cases), f"DATA_DIR: {told}; expected scans that it has not seen")
+    told = "DATA_DIR: expected scans to test on, the checkpoint was trained or chosen with all"
+    require(len(left_out) < len(cases), told)
     if left_out:
         log.info("Not tested on   %s: trained or chosen with", " ".join(left_out))
     return [case for case in cases if case.sha256 not in used]
@@ -3013,37 +3000,29 @@ def set_up_trained(cfg, options):
     if not own:
         run.clear()  # --overwrite
     log_settings(cfg, options, f"{command}, checkpoint {', '.join(map(str, contents))}")
-    weights = [describe_weights(content, path) for path, content in contents.items()]
-    for row in weights:
-        dice = "none" if row["val_dice"] is None else f"{row['val_dice']:.4f} on the working grid"
-        log.info("Weights         epoch %d, validation Dice %s", row["epoch"], dice)
     if options.predict:
+        log_weights(contents)
         log_plan(run, cfg, models, f"{len(cases)} to segment")
         return functools.partial(predict_scans, run, models, cases, cfg)
-    cases = choose_test_cases(prepare_cases(cases, cfg), contents.values())
+    cases = choose_test_cases(prepare_cases(cases, cfg), contents)
     log_plan(run, cfg, models, f"{len(cases)} to test")
-    weights = weights[0] if len(weights) == 1 else weights
-    return functools.partial(evaluate, run, models, cases, weights, cfg)
+    return functools.partial(evaluate, run, models, cases, contents, cfg)
 
 
-def tell_way_on(cfg, options, begun):
-    """Return what to do after a run that ended before its work was done."""
-    if not begun:
-        return "Nothing had begun: run the same command again."
-    if options.evaluate or options.predict:
-        return "Run the same command again; add --overwrite if the folder holds results."
-    if Run(cfg.OUTPUT_DIR).last.exists():
-        return "Go on with the same command and --resume."
-    return "No epoch was finished: run the same command again, with --overwrite."
-
-
-def tell_failure(error, way_on, begun):
+def tell_failure(error, cfg, options, begun):
     """Print in a line or two why the run ended and what to do; return the exit status.
 
     What all processes meet, the first one of each computer tells. An error that is no user's
     mistake, machine's failure or signal, but the script's, is raised again.
     """
     text, status, alone = str(error).strip(), 1, False
+    way_on = "No epoch was finished: run the same command again, with --overwrite."
+    if not begun:
+        way_on = "Nothing had begun: run the same command again."
+    elif options.evaluate or options.predict:
+        way_on = "Run the same command again; add --overwrite if the folder holds results."
+    elif Run(cfg.OUTPUT_DIR).last.exists():
+        way_on = "Go on with the same command and --resume."
     if stop_signals or isinstance(error, KeyboardInterrupt):
         number = signal.Signals((stop_signals or [signal.SIGINT])[0])
         told, status = f"Interrupted ({number.name}). {way_on}", 128 + number
@@ -3055,11 +3034,9 @@ def tell_failure(error, way_on, begun):
         alone, told = True, f"Error: {text}"
     elif isinstance(error, OSError):  # a worker's own holds its traceback
         alone, told = True, "Error: " + text.rsplit("\nOSError: ", 1)[-1] + f"\n{way_on}"
-    elif "DataLoader worker (pid" in text:
-        told = "Error: a worker process was killed, most likely since memory, or /dev/shm, ran out."
-        told += f"\nFirst lower --num-workers. {OUT_OF_MEMORY}\n{way_on}"
-    elif lacks_memory(error):
-        cause = text.split("\n")[0]
+    elif lacks_memory(error) or "DataLoader worker (pid" in text:
+        killed = "a worker process was killed; first lower --num-workers"
+        cause = killed if "DataLoader worker" in text else text.split("\n")[0]
         alone, told = True, f"Error: memory ran out ({cause}).\n{OUT_OF_MEMORY}\n{way_on}"
     else:
         raise error
@@ -3081,7 +3058,7 @@ def main(argv=None):
                 wait_for_all()  # torchrun ends all when one has ended with another status than 0
                 return status
         except FAILURES as error:
-            return tell_failure(error, tell_way_on(cfg, options, work), begun=work)
+            return tell_failure(error, cfg, options, begun=work)
 
 
 if __name__ == "__main__":
