@@ -2781,12 +2781,9 @@ def keep_prepared(split, prepared, cfg):
         split["train"].remove(case)
         told = "Warning: not trained with, no PVS on the working grid (%d on its own): %s"
         log.warning(told, case.native_voxels, case.label)
-    for part in ("train", "val"):
-        told = (
-            f"{cfg.DATA_DIR}: expected masks with PVS on the working grid, none is left in {part}. "
-        )
-        told += "Choose other subjects with --split, or draw them with another --seed."
-        require(any(case.working_voxels for case in split[part]), told)
+    bare = [part for part in ("train", "val") if not any(c.working_voxels for c in split[part])]
+    told = "expected masks with PVS on the working grid, none is left in " + ", ".join(bare)
+    require(not bare, f"{cfg.DATA_DIR}: {told}. Choose other subjects with --split or --seed.")
     return split
 
 
@@ -2845,6 +2842,8 @@ def train(run, model, split, cfg, last):
     wait_for_all()  # the first has written the weights
     content = read_checkpoint(run.best)
     load_weights(model, content, run.best)
+    told = "Best validation Dice %(val_dice).4f on the working grid, in epoch %(epoch)d"
+    log.info(told, content["history_row"])
     evaluate(run, model, split["test"], {run.best: content}, cfg)
     learned = content["history_row"]["val_dice"] > 0
     if not learned and first_process():
@@ -2864,23 +2863,12 @@ def read_again(case):
     return np.asarray(image[0]), np.asarray(label[0]) > 0
 
 
-def log_weights(contents):
-    """Print which weights are used; return {"file", "epoch", "val_dice"} of each checkpoint."""
-    rows = [{"file": str(path)} | content["history_row"] for path, content in contents.items()]
-    for row in rows:
-        dice = row["val_dice"] and f"{row['val_dice']:.4f}"
-        log.info(
-            "Weights         epoch %d, validation Dice %s on the working grid", row["epoch"], dice
-        )
-    return [{key: row[key] for key in ("file", "epoch", "val_dice")} for row in rows]
-
-
 def evaluate(run, model, cases, contents, cfg):
     """Test prepared cases on both grids, write predictions, scores, figures; return status 0.
 
     `contents`: {path: content} of the checkpoints that the model has its weights from.
     """
-    rows, cuts, weights = [], [], log_weights(contents)
+    rows, cuts, weights = [], [], []
     for case in Progress(share(cases), "testing"):
         entry, (image, label) = load_cached(case), read_again(case)
         (working_prob, prob), affine = (
@@ -2897,6 +2885,9 @@ def evaluate(run, model, cases, contents, cfg):
     rows, cuts = gather(rows), gather(cuts)
     if first_process():
         write_description(run, cases, cfg)
+        for path, content in contents.items():
+            row = content["history_row"]
+            weights.append({"file": str(path), "epoch": row["epoch"], "val_dice": row["val_dice"]})
         origin = {"checkpoint": weights if len(weights) > 1 else weights[0], "config": asdict(cfg)}
         origin |= {"device": str(choose_device(cfg)), "versions": package_versions()}
         origin["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -2969,8 +2960,8 @@ def choose_test_cases(cases, contents):
     """Return the cases that no checkpoint was trained or chosen with, by voxels; log the others."""
     used = seen_hashes(contents.values())
     left_out = [case.name for case in cases if case.sha256 in used]
-    told = "DATA_DIR: expected scans to test on, the checkpoint was trained or chosen with all"
-    require(len(left_out) < len(cases), told)
+    told = "the checkpoint was trained or chosen with every scan, none is left to test on"
+    require(len(left_out) < len(cases), f"DATA_DIR: {told}; expected others")
     if left_out:
         log.info("Not tested on   %s: trained or chosen with", " ".join(left_out))
     return [case for case in cases if case.sha256 not in used]
@@ -3000,8 +2991,10 @@ def set_up_trained(cfg, options):
     if not own:
         run.clear()  # --overwrite
     log_settings(cfg, options, f"{command}, checkpoint {', '.join(map(str, contents))}")
+    for row in (content["history_row"] for content in contents.values()):
+        dice = row["val_dice"] and f"{row['val_dice']:.4f} on the working grid"
+        log.info("Weights         epoch %d, validation Dice %s", row["epoch"], dice)
     if options.predict:
-        log_weights(contents)
         log_plan(run, cfg, models, f"{len(cases)} to segment")
         return functools.partial(predict_scans, run, models, cases, cfg)
     cases = choose_test_cases(prepare_cases(cases, cfg), contents)
@@ -3034,9 +3027,11 @@ def tell_failure(error, cfg, options, begun):
         alone, told = True, f"Error: {text}"
     elif isinstance(error, OSError):  # a worker's own holds its traceback
         alone, told = True, "Error: " + text.rsplit("\nOSError: ", 1)[-1] + f"\n{way_on}"
-    elif lacks_memory(error) or "DataLoader worker (pid" in text:
-        killed = "a worker process was killed; first lower --num-workers"
-        cause = killed if "DataLoader worker" in text else text.split("\n")[0]
+    elif "DataLoader worker (pid" in text:
+        told = "Error: a worker process was killed, most likely since memory, or /dev/shm, ran out."
+        told += f"\nFirst lower --num-workers. {OUT_OF_MEMORY}\n{way_on}"
+    elif lacks_memory(error):
+        cause = text.split("\n")[0]
         alone, told = True, f"Error: memory ran out ({cause}).\n{OUT_OF_MEMORY}\n{way_on}"
     else:
         raise error
