@@ -2297,13 +2297,11 @@ def summarise(rows, key, seed):
             scans_of.setdefault(row["subject"], []).append(row[key])
     known = list(itertools.chain(*scans_of.values()))
     if len(scans_of) > 1:
-        sums, counts = (np.array([*map(f, scans_of.values())], dtype=float) for f in (sum, len))
+        pair = [np.array([*map(f, scans_of.values())], dtype=float) for f in (sum, len)]
         settings = {"n_resamples": 10_000, "paired": True, "rng": np.random.default_rng(seed)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of subjects whose means are all equal
-            drawn = stats.bootstrap(
-                (sums, counts), lambda s, n, axis: s.sum(axis) / n.sum(axis), **settings
-            )
+            drawn = stats.bootstrap(pair, lambda s, n, axis: s.sum(axis) / n.sum(axis), **settings)
         interval = list(map(float, drawn.confidence_interval))
         if not np.isfinite(interval).all():
             interval = np.percentile(drawn.bootstrap_distribution, (2.5, 97.5)).tolist()
@@ -2527,12 +2525,12 @@ def describe_scores(row, affine, cfg):
     scores = "   ".join(f"{title} {row[f'native_{name}']:.3f}" for name, title in METRICS.items())
     burden = [f"{row[f'count_{s}']} PVS, {row[f'volume_ml_{s}']:.2f} ml" for s in ("label", "pred")]
     back = "undefined" if row["roundtrip_dice"] is None else f"Dice {row['roundtrip_dice']:.3f}"
-    return (
-        f"{row['name']}   {scores}\nnative grid, {spacing_words(ras_spacing(affine))}; "
-        f"the ground truth taken to the working grid and back: {back}\n"
-        f"Dice {row['dice']:.3f} on the {describe_grid(cfg)}\n"
-        f"{burden[0]} in the ground truth; {burden[1]} predicted\n{data_set_name(cfg)}"
+    title = f"{row['name']}   {scores}\nnative grid, {spacing_words(ras_spacing(affine))}; "
+    title += f"the ground truth taken to the working grid and back: {back}\n"
+    title += (
+        f"Dice {row['dice']:.3f} on the {describe_grid(cfg)}\n{burden[0]} in the ground truth; "
     )
+    return title + f"{burden[1]} predicted\n{data_set_name(cfg)}"
 
 
 def draw_test_grid(run, rows, cuts, cfg, most=10):
@@ -2749,10 +2747,9 @@ def log_settings(cfg, options, title):
             log.info("  %-21s %s", name, words(value))
         edited = options.edited.get(name, value)
         if edited != value and name not in {"OUTPUT_DIR", *options.given}:
-            told = (
-                "Warning: %s: edited to %s in the file, but recipe or checkpoint has %s, used here"
-            )
-            log.warning(told, name, words(edited), words(value))
+            source = f"recipe {options.recipe}" if name in options.of_recipe else "checkpoint"
+            told = f"edited to {words(edited)} in the file, but the {source} has {words(value)}"
+            log.warning("Warning: %s: %s, which is used", name, told)
 
 
 def log_plan(run, cfg, model, scans):
@@ -2792,6 +2789,9 @@ def set_up_training(cfg, options):
     run, last = Run(cfg.OUTPUT_DIR), None
     if options.resume:
         last, cfg = read_last(run.last, cfg, options)
+    files = run.results() if cfg.INIT_FROM and not last else []
+    told = f"{cfg.INIT_FROM}: INIT_FROM, which this run would replace; choose another --output-dir"
+    require(not any(os.path.samefile(cfg.INIT_FROM, path) for path in files), told)
     there = options.demo or os.path.isdir(cfg.DATA_DIR)
     require(there, f"{cfg.DATA_DIR}: no such folder (DATA_DIR)\n{HOW_TO_GET_DATA}")
     again = options.demo and Path(cfg.DATA_DIR, "dataset_description.json").exists()
@@ -2920,8 +2920,7 @@ def segment_scan(run, model, case, cfg):
 def predict_scans(run, model, cases, cfg):
     """Segment scans one at a time; return the exit status, 1 where one could not be done.
 
-    A scan that cannot be read, or is too large for the memory, is named at the end; the others are
-    done.
+    Scans that cannot be read, or are too large for the memory, are named at the end.
     """
     rows, problems = [], []
     write_description(run, cases, cfg)
@@ -2930,11 +2929,12 @@ def predict_scans(run, model, cases, cfg):
             rows.append(segment_scan(run, model, case, cfg))
             write_csv(run.burden, rows)
             log.info("%(name)s: %(count)d PVS, %(volume_ml).3f ml", rows[-1])
-        except (ValueError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, ValueError) and not lacks_memory(error):
+        except ValueError as error:
+            problems.append(str(error))
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
                 raise
-            memory = f"{case.image}: memory ran out; {OUT_OF_MEMORY}"
-            problems.append(str(error) if isinstance(error, ValueError) else memory)
+            problems.append(f"{case.image}: memory ran out; {OUT_OF_MEMORY}")
     log.info("%d of %d scans are segmented in %s", len(rows), len(cases), run.folder.resolve())
     for problem in problems:
         log.error("Not segmented: %s", problem)
