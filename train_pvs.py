@@ -2319,9 +2319,9 @@ def agreement(label, pred):
     1) around it (Bland and Altman 1986, 10.1016/S0140-6736(86)90837-8).
     """
     result = dict.fromkeys(("pearson_r", "lin_ccc", "bias", "limits_of_agreement"))
+    label, pred = np.array(label, dtype=float), np.array(pred, dtype=float)
     if len(label) < 3:
         return result
-    label, pred = np.array(label, dtype=float), np.array(pred, dtype=float)
     bias, reach = float((pred - label).mean()), float(1.96 * (pred - label).std(ddof=1))
     result |= {"bias": bias, "limits_of_agreement": [bias - reach, bias + reach]}
     if np.ptp(label) and np.ptp(pred):
@@ -2351,10 +2351,7 @@ def write_test_metrics(paths, rows, origin, cfg):
 
 
 def pool_folds(run, cfg):
-    """Write and print the scores of all finished folds, beside their folders.
-
-    `cross_validation.json` has the blocks of the test metrics over all subjects of these folds.
-    """
+    """Write and print the test metrics over the subjects of all finished folds, beside them."""
     top, rows, now = run.folder.parent, [], asdict(cfg)
     alike = names(Split, Grid, Network, Training, Decision) - {"FOLD"}
     for fold in range(1, cfg.FOLDS + 1):
@@ -2458,10 +2455,8 @@ DARK = {"layout": "constrained", "facecolor": "black"}
 def cut(volumes, plane):
     """Cut RAS volumes, {"image": .., masks}, where the first mask with any voxel has most of them.
 
-    Axial and coronal: the subject's right is on the picture's left. Sagittal: anterior is there.
-
-    Returns:
-        ({name: slice for imshow's origin "lower"}, which slice in words)
+    Returns ({name: slice for imshow's origin "lower"}, which slice in words). On the picture's left
+    is the subject's right, or in sagittal slices anterior.
     """
     axis = PLANES[plane][0]
     across = tuple(other for other in range(3) if other != axis)
@@ -2536,8 +2531,7 @@ def describe_scores(row, affine, cfg):
 def draw_test_grid(run, rows, cuts, cfg, most=10):
     """Draw the axial slice with the most PVS of every test case, a row each.
 
-    `cuts`: what `draw_case` returned. Of more than `most` cases those are drawn that are evenly
-    spread from worst to best native Dice.
+    `cuts`: of `draw_case`. Of more than `most` cases those evenly spread from worst to best Dice.
     """
     ranked = sorted(zip(rows, cuts, strict=True), key=lambda pair: pair[0]["native_dice"])
     spread = np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(int)
@@ -2546,7 +2540,8 @@ def draw_test_grid(run, rows, cuts, cfg, most=10):
     for line, place in zip(axes, spread, strict=True):
         row, (slices, which, spacing) = ranked[place]
         told = f"prediction, Dice {row['native_dice']:.3f}"
-        draw_row(line, slices, (f"{row['name']}, {which}", "ground truth", told), "axial", spacing)
+        titles = (f"{row['name']}, {which}", "ground truth", told)
+        draw_row(line, slices, titles, "axial", spacing)
     shown = f"{len(spread)} of {len(rows)} test cases, worst to best; native grid"
     write_figure(run.overview, figure, f"{data_set_name(cfg)}\n{shown}")
 
@@ -2642,28 +2637,11 @@ def simulate_tissue(rng, shape):
     return ndimage.gaussian_filter(image, 0.5), white, basal
 
 
-def draw_tube(occupancy, centre, axis, length, radius, bend):
-    """Raise `occupancy`, the fraction of each voxel that is filled, by a tube; lengths in voxels.
-
-    Its centre line is a parabola: straight along `axis`, off by `bend` at both ends.
-    """
-    reach = length / 2 * np.abs(axis) + np.abs(bend) + radius
-    low = np.maximum(np.floor(centre - reach), 0).astype(int)
-    high = np.minimum(np.ceil(centre + reach) + 1, occupancy.shape).astype(int)
-    samples = np.mgrid[tuple(map(slice, 3 * low, 3 * high))]  # three a voxel and axis
-    offset = (np.stack(samples, -1) + 0.5) / 3 - 0.5 - centre
-    along = np.clip(offset @ axis, -length / 2, length / 2)[..., None]
-    inside = ((offset - along * axis - (2 * along / length) ** 2 * bend) ** 2).sum(-1) < radius**2
-    a, b, c = high - low
-    box = occupancy[tuple(map(slice, low, high))]
-    np.maximum(box, inside.reshape(a, 3, b, 3, c, 3).mean((1, 3, 5)), out=box)
-
-
 def draw_tubes(rng, where, count, diameters):
-    """Return the occupancy of tubes like PVS, centred in the mask `where` and kept within it.
+    """Return the part of each voxel that tubes like PVS fill, centred and kept in the mask `where`.
 
-    They are 6-18 voxels long, point to the head's centre within some 25 degrees, and are as wide as
-    `diameters` (see DEMO_DIAMETERS) says.
+    They are 6-18 voxels long, point to the head's centre within some 25 degrees, are as wide as
+    `diameters` says (see DEMO_DIAMETERS), and bent to a parabola.
     """
     median, sigma, *limits = diameters
     occupancy, middle = np.zeros(where.shape, np.float32), (np.array(where.shape) - 1) / 2
@@ -2673,8 +2651,18 @@ def draw_tubes(rng, where, count, diameters):
         axis = inward + 0.3 * rng.standard_normal(3)
         axis /= np.linalg.norm(axis)
         length, bend = rng.uniform(6, 18), np.cross(axis, rng.standard_normal(3))
-        diameter = np.clip(rng.lognormal(np.log(median), sigma), *limits)
-        draw_tube(occupancy, centre, axis, length, diameter / 2, 0.08 * length * bend)
+        radius = np.clip(rng.lognormal(np.log(median), sigma), *limits) / 2
+        bend = 0.08 * length * bend  # of both ends
+        reach = length / 2 * np.abs(axis) + np.abs(bend) + radius
+        low = np.maximum(np.floor(centre - reach), 0).astype(int)
+        high = np.minimum(np.ceil(centre + reach) + 1, where.shape).astype(int)
+        samples = np.mgrid[tuple(map(slice, 3 * low, 3 * high))]  # three a voxel and axis
+        offset = (np.stack(samples, -1) + 0.5) / 3 - 0.5 - centre
+        along = np.clip(offset @ axis, -length / 2, length / 2)[..., None]
+        off_line = offset - along * axis - (2 * along / length) ** 2 * bend
+        (a, b, c), box = high - low, occupancy[tuple(map(slice, low, high))]
+        inside = ((off_line**2).sum(-1) < radius**2).reshape(a, 3, b, 3, c, 3)
+        np.maximum(box, inside.mean((1, 3, 5)), out=box)
     return occupancy * ndimage.binary_dilation(where, iterations=1)
 
 
@@ -2768,10 +2756,7 @@ def log_plan(run, cfg, model, scans):
 
 
 def keep_prepared(split, prepared, cfg):
-    """Return the split with the prepared cases; of the training those without PVS are left out.
-
-    The test scans are the same for every recipe, whatever its grid shows of them.
-    """
+    """Return the split with prepared cases; those without PVS are no training cases, but tested."""
     ready = {case.name: case for case in prepared}
     split = {part: [ready[case.name] for case in cases] for part, cases in split.items()}
     for case in [case for case in split["train"] if not case.working_voxels]:
