@@ -2829,7 +2829,7 @@ def train(run, model, split, cfg, last):
     load_weights(model, content, run.best)
     told = "Best validation Dice %(val_dice).4f on the working grid, in epoch %(epoch)d"
     log.info(told, content["history_row"])
-    evaluate(run, model, split["test"], {run.best: content}, cfg)
+    evaluate(run, model, split["test"], [(run.best, content)], cfg)
     learned = content["history_row"]["val_dice"] > 0
     if not learned and first_process():
         log.error("No PVS were learned: the validation Dice never left 0. %s", advice(cfg))
@@ -2851,7 +2851,7 @@ def read_again(case):
 def evaluate(run, model, cases, contents, cfg):
     """Test prepared cases on both grids, write predictions, scores, figures; return status 0.
 
-    `contents`: {path: content} of the checkpoints that the model has its weights from.
+    `contents`: [(path, content)] of the checkpoints that the model has its weights from.
     """
     rows, cuts, weights = [], [], []
     for case in Progress(share(cases), "testing"):
@@ -2870,7 +2870,7 @@ def evaluate(run, model, cases, contents, cfg):
     rows, cuts = gather(rows), gather(cuts)
     if first_process():
         write_description(run, cases, cfg)
-        for path, content in contents.items():
+        for path, content in contents:
             row = content["history_row"]
             weights.append({"file": str(path), "epoch": row["epoch"], "val_dice": row["val_dice"]})
         origin = {"checkpoint": weights if len(weights) > 1 else weights[0], "config": asdict(cfg)}
@@ -2927,23 +2927,22 @@ def predict_scans(run, model, cases, cfg):
 
 
 def restore_configs(contents, cfg, options):
-    """Return the Config of {path: checkpoint}, used together; of thresholds and sizes the mean."""
-    configs = {p: asdict(restore_config(c, p, cfg, options)) for p, c in contents.items()}
-    (one, first), *others = configs.items()
+    """Return the Config of [(path, checkpoint)], used together; of thresholds and sizes the mean."""
+    configs = [asdict(restore_config(content, path, cfg, options)) for path, content in contents]
+    one, first = contents[0][0], configs[0]
     problems = [
         f"{name}: {one} has {first[name]}, {path} has {other[name]}"
-        for path, other in others
+        for (path, _), other in zip(contents, configs, strict=True)
         for name in list_differences(first, other, names(Network, Grid) | {"TTA_FLIPS"})
     ]
     require(not problems, "\n  ".join(["checkpoints that do not go together:", *problems]))
-    for name in ("THRESHOLD", "SMALLEST_PVS"):
-        first[name] = float(np.mean([config[name] for config in configs.values()]))
-    return replace(cfg, **first)
+    means = {n: float(np.mean([c[n] for c in configs])) for n in ("THRESHOLD", "SMALLEST_PVS")}
+    return replace(cfg, **first | means)
 
 
 def choose_test_cases(cases, contents):
     """Return the cases that no checkpoint was trained or chosen with, by voxels; log the others."""
-    used = seen_hashes(contents.values())
+    used = seen_hashes(content for _, content in contents)
     left_out = [case.name for case in cases if case.sha256 in used]
     told = "the checkpoint was trained or chosen with every scan, none is left to test on"
     require(len(left_out) < len(cases), f"DATA_DIR: {told}; expected others")
@@ -2957,17 +2956,18 @@ def set_up_trained(cfg, options):
     run, models = Run(cfg.OUTPUT_DIR), nn.ModuleList()
     places = (run.best, Run(Config.OUTPUT_DIR).best)  # the default folder's if there is no other
     default = next((path for path in places if path.parent.is_dir()), run.best)
-    contents = {path: read_checkpoint(path) for path in map(Path, options.checkpoint or [default])}
-    cfg, saved = restore_configs(contents, cfg, options), next(iter(contents.values()))["config"]
+    paths = list(map(Path, options.checkpoint or [default]))
+    contents = [(path, read_checkpoint(path)) for path in paths]
+    cfg, saved = restore_configs(contents, cfg, options), contents[0][1]["config"]
     command = "predict" if options.predict else f"evaluate-{Path(cfg.DATA_DIR).resolve().name}"
     cases = find_scans(options.predict, cfg) if options.predict else find_cases(cfg)
     # Whether --evaluate makes the test of a run again: its weights, data and decision.
     same = all(saved.get(name) == getattr(cfg, name) for name in {"DATA_DIR", *names(Decision)})
-    own = options.evaluate and same and [p.resolve() for p in contents] == [run.best.resolve()]
+    own = options.evaluate and same and [p.resolve() for p in paths] == [run.best.resolve()]
     if not own and run.best.parent.exists():
         run = Run(run.folder / command)  # its own, in the run's
         cfg = replace(cfg, OUTPUT_DIR=str(run.folder))
-    for path, content in contents.items():
+    for path, content in contents:
         models.append(build_model(cfg, pretrained=False))
         load_weights(models[-1], content, path)
     models.to(choose_device(cfg))
@@ -2975,8 +2975,8 @@ def set_up_trained(cfg, options):
     wait_for_all()
     if not own:
         run.clear()  # --overwrite
-    log_settings(cfg, options, f"{command}, checkpoint {', '.join(map(str, contents))}")
-    for row in (content["history_row"] for content in contents.values()):
+    log_settings(cfg, options, f"{command}, checkpoint {', '.join(map(str, paths))}")
+    for row in (content["history_row"] for _, content in contents):
         dice = row["val_dice"] and f"{row['val_dice']:.4f} on the working grid"
         log.info("Weights         epoch %d, validation Dice %s", row["epoch"], dice)
     if options.predict:
