@@ -2927,7 +2927,7 @@ def predict_scans(run, model, cases, cfg):
 
 
 def restore_configs(contents, cfg, options):
-    """Return the Config of [(path, checkpoint)], used together; of thresholds and sizes the mean."""
+    """Return the Config of [(path, checkpoint)] together; of thresholds and sizes the mean."""
     configs = [asdict(restore_config(content, path, cfg, options)) for path, content in contents]
     one, first = contents[0][0], configs[0]
     problems = [
