@@ -1868,23 +1868,21 @@ def score_case(case, entry, working_pred, pred, label):
     return row | calculate_boundary_metrics(pred, label, nib.affines.voxel_sizes(affine))
 
 
-# A key of `score_case`, where its summary lies in the JSON, its title in the printed table.
-SCORES = [(name, f"working {name}", title) for name, title in METRICS.items()]
-SCORES += [("native_dice", "native dice", "native Dice")]
-SCORES += [(f"native_{name}", f"native {name}", "") for name in ("iou", "precision", "recall")]
-SCORES += [("roundtrip_dice", "roundtrip dice", "round trip")]
-for rule, name in itertools.product(LESION_RULES, ("sensitivity", "precision", "f1")):
-    SCORES += [(f"lesion_{name}_{rule}", f"lesions {rule} {name}", "")]
-for name, kind in itertools.product(
-    ("count", "volume_ml"), ("label", "pred", "error", "error_percent")
-):
-    SCORES += [(f"{name}_{kind}", f"burden {name} {kind}", "")]
-SCORES += [("nsd_voxel", "boundary nsd_voxel", ""), ("nsd_1mm", "boundary nsd_1mm", "NSD 1 mm")]
-SCORES += [("hd95_mm", "boundary hd95_mm", "HD95, mm")]
-TOTALS = {f"count_{side}": f"lesions count_{side}" for side in ("label", "pred")}  # summed up
-for rule, side in itertools.product(LESION_RULES, ("label", "pred")):
-    TOTALS[f"matched_{side}_{rule}"] = f"lesions {rule} matched_{side}"
-TOTALS["one_mask_empty"] = "boundary one_mask_empty"
+FOUND = [*itertools.product(LESION_RULES, ("sensitivity", "precision", "f1"))]
+BURDEN = [*itertools.product(("count", "volume_ml"), ("label", "pred", "error", "error_percent"))]
+# A score of `score_case`, where its summary lies in the JSON, its title in the printed table ("":
+# not printed). A line more here is summarised, written and printed, of a run and over folds.
+SCORES = (
+    *((name, f"working {name}", title) for name, title in METRICS.items()),
+    ("native_dice", "native dice", "native Dice"),
+    *((f"native_{name}", f"native {name}", "") for name in ("iou", "precision", "recall")),
+    ("roundtrip_dice", "roundtrip dice", "round trip"),
+    *((f"lesion_{name}_{rule}", f"lesions {rule} {name}", "") for rule, name in FOUND),
+    *((f"{name}_{kind}", f"burden {name} {kind}", "") for name, kind in BURDEN),
+    ("nsd_voxel", "boundary nsd_voxel", ""),
+    ("nsd_1mm", "boundary nsd_1mm", "NSD 1 mm"),
+    ("hd95_mm", "boundary hd95_mm", "HD95, mm"),
+)
 
 
 def look_up(blocks, place):
@@ -1895,58 +1893,49 @@ def look_up(blocks, place):
 
 
 def summarise_all(rows, cfg):
-    """Return the blocks of summaries over the rows of all test cases."""
-    blocks = {"working": {"grid": describe_grid(cfg)}}
-    for name in ("native", "roundtrip", "lesions", "burden", "boundary"):
-        blocks[name] = {"grid": "native grid of each scan"}
-    for rule, meaning in LESION_RULES.items():
-        look_up(blocks, f"lesions {rule}")["matched_where"] = meaning
-    for key, place in TOTALS.items():
-        block, name = place.rsplit(" ", 1)
-        look_up(blocks, block)[name] = sum(row[key] for row in rows)
+    """Return the blocks of summaries over the rows of all test cases, nested as SCORES says."""
+    blocks = {place.split()[0]: {"grid": "native grid of each scan"} for _, place, _ in SCORES}
+    blocks["working"]["grid"] = describe_grid(cfg)
     for key, place, _ in SCORES:
         look_up(blocks, place).update(summarise(rows, key, cfg.SEED))
-    blocks["lesions"]["connectivity"] = 26
     for name in ("count", "volume_ml"):
         sides = ([row[f"{name}_{side}"] for row in rows] for side in ("label", "pred"))
         blocks["burden"][name] |= agreement(*sides)
+    blocks["boundary"]["one_mask_empty"] = sum(row["one_mask_empty"] for row in rows)
+    lesions = blocks["lesions"]
+    lesions["connectivity"] = 26
+    for side, rule in itertools.product(("label", "pred"), LESION_RULES):
+        lesions[f"count_{side}"] = sum(row[f"count_{side}"] for row in rows)
+        lesions[rule][f"matched_{side}"] = sum(row[f"matched_{side}_{rule}"] for row in rows)
+        lesions[rule]["matched_where"] = LESION_RULES[rule]
     return blocks
 
 
 def summarise(rows, key, seed):
     """Return the distribution of a score over cases, without those where it is None.
 
-    SD with ddof 0, as published. The interval is the bootstrap's for the mean, 95 %, seeded, from
+    {"mean", "sd" (ddof 0, as published), "median", "q1", "q3", "ci95": [low, high], "n",
+    "undefined": how many None}. The interval is the bootstrap's for the mean, 95 %, seeded, from
     subjects that are resampled with all their scans; None below two subjects.
-
-    Returns:
-        {"mean", "sd", "median", "q1", "q3", "ci95": [low, high], "n", "undefined": how many None}
     """
-    scans_of, interval = {}, None
+    scans_of, interval, numbers = {}, None, [None] * 5
     for row in rows:
         if row[key] is not None:
             scans_of.setdefault(row["subject"], []).append(row[key])
     known = list(itertools.chain(*scans_of.values()))
     if len(scans_of) > 1:
-        sums, counts = (np.array([*map(f, scans_of.values())], dtype=float) for f in (sum, len))
+        pair = [np.array([*map(f, scans_of.values())], dtype=float) for f in (sum, len)]
         settings = {"n_resamples": 10_000, "paired": True, "rng": np.random.default_rng(seed)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of subjects whose means are all equal
-            drawn = stats.bootstrap((sums, counts), mean_of_scans, **settings)
+            drawn = stats.bootstrap(pair, lambda s, n, axis: s.sum(axis) / n.sum(axis), **settings)
         interval = list(map(float, drawn.confidence_interval))
         if not np.isfinite(interval).all():
             interval = np.percentile(drawn.bootstrap_distribution, (2.5, 97.5)).tolist()
-    numbers = [None] * 5
     if known:
-        numbers = [np.mean(known), np.std(known), *np.percentile(known, (50, 25, 75))]
-        numbers = map(float, numbers)
+        numbers = map(float, (np.mean(known), np.std(known), *np.percentile(known, (50, 25, 75))))
     summary = dict(zip(("mean", "sd", "median", "q1", "q3"), numbers, strict=True))
     return summary | {"ci95": interval, "n": len(known), "undefined": len(rows) - len(known)}
-
-
-def mean_of_scans(sums, counts, axis=-1):
-    """Return the mean over scans from the sums and numbers of subjects."""
-    return sums.sum(axis) / counts.sum(axis)
 
 
 def agreement(label, pred):
@@ -1957,9 +1946,9 @@ def agreement(label, pred):
     1) around it (Bland and Altman 1986, 10.1016/S0140-6736(86)90837-8).
     """
     result = dict.fromkeys(("pearson_r", "lin_ccc", "bias", "limits_of_agreement"))
+    label, pred = np.array(label, dtype=float), np.array(pred, dtype=float)
     if len(label) < 3:
         return result
-    label, pred = np.array(label, dtype=float), np.array(pred, dtype=float)
     bias, reach = float((pred - label).mean()), float(1.96 * (pred - label).std(ddof=1))
     result |= {"bias": bias, "limits_of_agreement": [bias - reach, bias + reach]}
     if np.ptp(label) and np.ptp(pred):
@@ -1971,100 +1960,85 @@ def agreement(label, pred):
     return result
 
 
-def write_test_metrics(run, rows, weights, cfg):
-    """Write the scores of all test cases, with their origin, as JSON and CSV; return the blocks.
+def write_test_metrics(paths, rows, origin, cfg):
+    """Write the rows of test cases as CSV, and with their summaries as JSON; return these blocks.
 
-    `weights`: {"file", "epoch", "val_dice"} of the checkpoint, or a list of several.
+    `paths`: of JSON and CSV; `origin`: what else the JSON tells.
     """
+    blocks = summarise_all(rows, cfg)
     content = {"data_set": data_set_name(cfg), "grid": describe_grid(cfg), "n": len(rows)}
     for name in METRICS:  # as published
-        values = [row[name] for row in rows]
-        content |= {f"{name}_mean": float(np.mean(values)), f"{name}_std": float(np.std(values))}
-    blocks, date = (
-        summarise_all(rows, cfg),
-        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        summary = blocks["working"][name]
+        content |= {f"{name}_mean": summary["mean"], f"{name}_std": summary["sd"]}
+    write_json(
+        paths[0], content | {"empty_masks": EMPTY_MASKS, **blocks, "subjects": rows} | origin
     )
-    content |= {"empty_masks": EMPTY_MASKS, **blocks, "subjects": rows, "config": asdict(cfg)}
-    content |= {"versions": package_versions(), "checkpoint": weights, "date": date}
-    write_json(run.scores, content | {"device": str(choose_device(cfg))})
-    write_csv(run.table, rows)
+    write_csv(paths[1], rows)
     return blocks
 
 
 def pool_folds(run, cfg):
-    """Write and print the scores of all finished folds, beside their folders.
-
-    `cross_validation.json` has the blocks of the test metrics over all subjects of these folds.
-    """
+    """Write and print the test metrics over the subjects of all finished folds, beside them."""
     top, rows, now = run.folder.parent, [], asdict(cfg)
     alike = names(Split, Grid, Network, Training, Decision) - {"FOLD"}
     for fold in range(1, cfg.FOLDS + 1):
-        scores = Run(top / f"fold-{fold}").scores
-        content = read_json(scores) if scores.exists() else None
-        if content:
-            then, tested = now | convert_all(content["config"], {}), {row["name"] for row in rows}
-            again = tested & {row["name"] for row in content["subjects"]}
-            other = content["data_set"] != data_set_name(cfg)
-            if again or other or list_differences(then, now, alike):
-                log.warning("Warning: left out, of other settings or data: %s", scores)
-            else:
-                rows += [{"fold": fold} | row for row in content["subjects"]]
-    blocks, finished = summarise_all(rows, cfg), sorted({row["fold"] for row in rows})
-    content = {"data_set": data_set_name(cfg), "grid": describe_grid(cfg), "n": len(rows)}
-    content |= {"folds": cfg.FOLDS, "finished": finished, "empty_masks": EMPTY_MASKS, **blocks}
-    write_json(top / "cross_validation.json", content | {"subjects": rows})
-    write_csv(top / "cross_validation.csv", rows)
+        scores, known = Run(top / f"fold-{fold}").scores, {row["name"] for row in rows}
+        if not scores.exists():
+            continue
+        content = read_json(scores)
+        again = known & {row["name"] for row in content["subjects"]}
+        then = now | convert_all(content["config"], {})
+        other = content["data_set"] != data_set_name(cfg) or list_differences(then, now, alike)
+        if again or other:
+            log.warning("Warning: left out, of other settings or data: %s", scores)
+        else:
+            rows += [{"fold": fold} | row for row in content["subjects"]]
+    finished = sorted({row["fold"] for row in rows})
+    paths = [top / f"cross_validation.{kind}" for kind in ("json", "csv")]
+    blocks = write_test_metrics(paths, rows, {"folds": cfg.FOLDS, "finished": finished}, cfg)
     log.info("\nCross-validation, %d of %d folds finished", len(finished), cfg.FOLDS)
     log_summaries([], blocks)
 
 
 def log_summaries(rows, blocks):
     """Print a row a case, then mean, SD and the mean's confidence interval."""
-    printed = [(key, look_up(blocks, place), title) for key, place, title in SCORES if title]
-    ends = [summary["ci95"] or (None, None) for _, summary, _ in printed]
-    table = [(row["name"], [row[key] for key, *_ in printed]) for row in rows]
-    table += [(name, [s[name.lower()] for _, s, _ in printed]) for name in ("mean", "SD")]
-    table += [("95 % from", [low for low, _ in ends]), ("95 % to", [high for _, high in ends])]
-    width = max(len(name) for name, _ in table)
-    log.info(" " * width + "".join(f"{title:>12}" for *_, title in printed))
-    for name, values in table:
+    columns = [(key, look_up(blocks, place), title) for key, place, title in SCORES if title]
+    table = {row["name"]: [row[key] for key, *_ in columns] for row in rows}
+    for name in ("mean", "SD"):
+        table[name] = [summary[name.lower()] for _, summary, _ in columns]
+    for end, name in enumerate(("95 % from", "95 % to")):
+        table[name] = [summary["ci95"] and summary["ci95"][end] for _, summary, _ in columns]
+    width = max(map(len, table))
+    log.info(" " * width + "".join(f"{title:>12}" for *_, title in columns))
+    for name, values in table.items():
         cells = ("-" if value is None else f"{value:.4f}" for value in values)
         log.info(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
 
 
 def log_test_table(rows, blocks, cfg):
     """Print the scores of all test cases, and below them the burden."""
-    log.info("\nTest scores of %d scans, %s", len(rows), data_set_name(cfg))
     told = "Dice, IoU, precision, recall: %s; the others: native grid of each scan"
+    log.info("\nTest scores of %d scans, %s", len(rows), data_set_name(cfg))
     log.info(told, describe_grid(cfg))
     log_summaries(rows, blocks)
     lesions, volume = blocks["lesions"], blocks["burden"]["volume_ml"]
     f1 = [f"{lesions[rule]['f1']['mean']:.4f} ({LESION_RULES[rule]})" for rule in LESION_RULES]
-    counts = f"{lesions['count_label']} in the ground truth, {lesions['count_pred']} predicted"
-    log.info("PVS: %s; mean F1 %s", counts, ", ".join(f1))
-    means = [f"{volume[side]['mean']:.3f} ml" for side in ("label", "pred")]
-    log.info("Mean volume: %s in the ground truth, %s predicted", *means)
+    told = "PVS: %d in the ground truth, %d predicted; mean F1 %s"
+    log.info(told, lesions["count_label"], lesions["count_pred"], ", ".join(f1))
+    means = (volume["label"]["mean"], volume["pred"]["mean"])
+    log.info("Mean volume: %.3f ml in the ground truth, %.3f ml predicted", *means)
     log.info("Scans where one mask is empty: %d", blocks["boundary"]["one_mask_empty"])
-
-
-GEOMETRY = """pixdim xyzt_units qform_code sform_code quatern_b quatern_c quatern_d
-    qoffset_x qoffset_y qoffset_z srow_x srow_y srow_z"""  # what a NIfTI header says of the grid
 
 
 def write_nifti(path, volume, scan_path):
     """Write an array (X, Y, Z) on the grid of a scan file: its affine, shape, q and sform codes.
 
     Nothing else of the scan's header goes along: its display range would hide a mask.
-
-    Raises:
-        OSError: it cannot be written, or the scan is gone.
     """
-    try:
-        scan, _ = read_header(scan_path)
-    except ValueError as error:
-        raise OSError(str(error)) from None
+    scan, _ = read_header(scan_path)
     header = type(scan.header)()
-    for name in GEOMETRY.split():
+    geometry = re.compile("pixdim|xyzt_units|.form_code|quatern|qoffset|srow")
+    for name in filter(geometry.match, scan.header):
         header[name] = scan.header[name]
     header.set_data_dtype(volume.dtype)
     nifti = type(scan)(volume.reshape(scan.shape), None, header)
@@ -2089,14 +2063,12 @@ def write_description(run, cases, cfg):
         above = Path(case.image).resolve().parents
         marked = [p for p in above if (p / "dataset_description.json").exists()]
         sources.add((marked or above)[0].as_uri())
-    made = f"{describe_network(cfg)}, {describe_grid(cfg)}; probability on the native grid, "
-    made += "mean of eight mirrored views, " if cfg.TTA_FLIPS else ""
-    made += f"mask where above {cfg.THRESHOLD:g}"
-    made += f", without components below {cfg.SMALLEST_PVS:g} mm3" if cfg.SMALLEST_PVS else ""
+    made = f"{describe_network(cfg)}, {describe_grid(cfg)}, TTA_FLIPS {cfg.TTA_FLIPS}; mask where "
+    made += f"above {cfg.THRESHOLD:g}, without components below {cfg.SMALLEST_PVS:g} mm3"
     content = {"Name": "Perivascular spaces (PVS), predicted", "BIDSVersion": "1.10.0"}
     content |= {"GeneratedBy": [{"Name": "train_pvs.py", "Description": made}]}
-    content |= {"SourceDatasets": [{"URL": source} for source in sorted(sources)]}
-    content |= {"DatasetType": "derivative"}
+    content["SourceDatasets"] = [{"URL": source} for source in sorted(sources)]
+    content["DatasetType"] = "derivative"
     write_json(run.predictions / "dataset_description.json", content)
 
 
@@ -2104,37 +2076,36 @@ def write_description(run, cases, cfg):
 
 PLANES = {"axial": (2, "RL"), "coronal": (1, "RL"), "sagittal": (0, "AP")}  # axis cut, sides shown
 COLOURS = {"ground truth": (1.0, 0.15, 0.1), "prediction": (0.1, 0.9, 0.2)}  # red, green
+DARK = {"layout": "constrained", "facecolor": "black"}
 
 
-def cut(image, masks, plane):
-    """Cut RAS volumes where the first mask that is not empty has most voxels, else in the middle.
+def cut(volumes, plane):
+    """Cut RAS volumes, {"image": .., masks}, where the first mask with any voxel has most of them.
 
-    Axial and coronal: the subject's right is on the picture's left. Sagittal: anterior is there.
-
-    Returns:
-        ([image, masks..] as 2D arrays for imshow's origin "lower", which slice in words)
+    Returns ({name: slice for imshow's origin "lower"}, which slice in words). On the picture's left
+    is the subject's right, or in sagittal slices anterior.
     """
     axis = PLANES[plane][0]
     across = tuple(other for other in range(3) if other != axis)
-    index = next(
-        (m.sum(across).argmax() for m in masks.values() if m.any()), image.shape[axis] // 2
-    )
-    slices = [np.flip(np.take(v, index, axis), 0).T.copy() for v in (image, *masks.values())]
-    return slices, f"{plane}, slice {index + 1} of {image.shape[axis]}"
+    counts = [mask.sum(across) for name, mask in volumes.items() if name in COLOURS and mask.any()]
+    count = volumes["image"].shape[axis]
+    index = counts[0].argmax() if counts else count // 2
+    slices = {n: np.flip(np.take(v, index, axis), 0).T.copy() for n, v in volumes.items()}
+    return slices, f"{plane}, slice {index + 1} of {count}"
 
 
 def draw_row(axes, slices, titles, plane, spacing):
     """Draw a slice alone and under each mask, sides marked at the edges.
 
-    `slices`: 2D, the image in [0, 1], ground truth or prediction or both; `titles`: one a panel,
-    which begin with what it shows; `spacing`: mm, of a RAS volume.
+    `slices`: {"image": 2D in [0, 1], "ground truth", "prediction" or both: 2D bool}; `titles`: one
+    a panel; `spacing`: mm, of the RAS volume.
     """
     axis, sides = PLANES[plane]
-    across, up = (mm for other, mm in enumerate(spacing) if other != axis)
-    for ax, mask, title in zip(axes, [None, *slices[1:]], titles, strict=True):
-        shown = np.repeat(slices[0][..., None], 3, 2)
-        if mask is not None:
-            shown[mask] = 0.2 * shown[mask] + 0.8 * np.array(COLOURS[title.split(",")[0]])
+    across, up = np.delete(spacing, axis)
+    for ax, (name, mask), title in zip(axes, slices.items(), titles, strict=True):
+        shown = np.repeat(slices["image"][..., None], 3, 2)
+        if name in COLOURS:
+            shown[mask] = 0.2 * shown[mask] + 0.8 * np.array(COLOURS[name])
         ax.imshow(shown, origin="lower", interpolation="nearest", aspect=up / across)
         for x, side, ha in zip((0.02, 0.98), sides, ("left", "right"), strict=True):
             ax.text(x, 0.5, side, color="white", size=8, va="center", ha=ha, transform=ax.transAxes)
@@ -2155,21 +2126,18 @@ def write_figure(path, figure, title):
 def draw_case(run, case, image, affine, masks, title):
     """Draw a scan in three planes, alone and under each mask, all (X, Y, Z) on the native grid.
 
-    `masks`: {"ground truth": bool, "prediction": bool}, or one of them.
-
-    Returns:
-        the axial slices, which they are, and the spacing, as `draw_test_grid` takes them
+    `masks`: {"ground truth": bool, "prediction": bool}, or one of them. Returns (axial slices,
+    which they are, spacing) for `draw_test_grid`.
     """
     low, high = np.percentile(image[::3, ::3, ::3], (1, 99.8))
-    to_ras = functools.partial(nib.apply_orientation, ornt=nib.io_orientation(affine))
-    image = np.clip((to_ras(image) - low) / max(high - low, 1e-6), 0, 1)
-    masks, spacing = {name: to_ras(mask) for name, mask in masks.items()}, ras_spacing(affine)
-    size = {"figsize": (3 + 3 * len(masks), 10), "layout": "constrained", "facecolor": "black"}
-    figure, axes = plt.subplots(3, 1 + len(masks), **size)
-    cuts = {plane: cut(image, masks, plane) for plane in PLANES}
+    volumes = {"image": np.clip((image - low) / max(high - low, 1e-6), 0, 1)} | masks
+    turn, spacing = nib.io_orientation(affine), ras_spacing(affine)
+    volumes = {name: nib.apply_orientation(volume, turn) for name, volume in volumes.items()}
+    figure, axes = plt.subplots(3, len(volumes), figsize=(3 * len(volumes), 10), **DARK)
+    cuts = {plane: cut(volumes, plane) for plane in PLANES}
     for line, (plane, (slices, place)) in zip(axes, cuts.items(), strict=True):
-        counts = [f"{n}, {s.sum()} voxels" for n, s in zip(masks, slices[1:], strict=True)]
-        draw_row(line, slices, [place, *counts], plane, spacing)
+        titles = [place, *(f"{name}, {slices[name].sum()} voxels" for name in masks)]
+        draw_row(line, slices, titles, plane, spacing)
     write_figure(run.folder / "multi_plane" / f"{case.name}.png", figure, title)
     return *cuts["axial"], spacing
 
@@ -2178,30 +2146,29 @@ def describe_scores(row, affine, cfg):
     """Return the title of a test case's figure: its scores, each with its grid."""
     scores = "   ".join(f"{title} {row[f'native_{name}']:.3f}" for name, title in METRICS.items())
     burden = [f"{row[f'count_{s}']} PVS, {row[f'volume_ml_{s}']:.2f} ml" for s in ("label", "pred")]
-    back, grid = row["roundtrip_dice"], spacing_words(ras_spacing(affine))
-    back = "undefined" if back is None else f"Dice {back:.3f}"
-    return (
-        f"{row['name']}   {scores}\n"
-        f"native grid, {grid}; the ground truth taken to the working grid and back: {back}\n"
-        f"Dice {row['dice']:.3f} on the {describe_grid(cfg)}\n"
-        f"{burden[0]} in the ground truth; {burden[1]} predicted\n{data_set_name(cfg)}"
+    back = "undefined" if row["roundtrip_dice"] is None else f"Dice {row['roundtrip_dice']:.3f}"
+    title = f"{row['name']}   {scores}\nnative grid, {spacing_words(ras_spacing(affine))}; "
+    title += f"the ground truth taken to the working grid and back: {back}\n"
+    title += (
+        f"Dice {row['dice']:.3f} on the {describe_grid(cfg)}\n{burden[0]} in the ground truth; "
     )
+    return title + f"{burden[1]} predicted\n{data_set_name(cfg)}"
 
 
 def draw_test_grid(run, rows, cuts, cfg, most=10):
     """Draw the axial slice with the most PVS of every test case, a row each.
 
-    `cuts`: what `draw_case` returned. Of more than `most` cases those are drawn that are evenly
-    spread from worst to best native Dice.
+    `cuts`: of `draw_case`. Of more than `most` cases those evenly spread from worst to best Dice.
     """
-    ranked = sorted(range(len(rows)), key=lambda number: rows[number]["native_dice"])
+    ranked = sorted(zip(rows, cuts, strict=True), key=lambda pair: pair[0]["native_dice"])
     spread = np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(int)
-    size = {"figsize": (9, 0.8 + 3.4 * len(spread)), "layout": "constrained", "facecolor": "black"}
-    figure, axes = plt.subplots(len(spread), 3, squeeze=False, **size)
-    for line, number in zip(axes, (ranked[place] for place in spread), strict=True):
-        row, (slices, place, spacing) = rows[number], cuts[number]
+    size = (9, 0.8 + 3.4 * len(spread))
+    figure, axes = plt.subplots(len(spread), 3, squeeze=False, figsize=size, **DARK)
+    for line, place in zip(axes, spread, strict=True):
+        row, (slices, which, spacing) = ranked[place]
         told = f"prediction, Dice {row['native_dice']:.3f}"
-        draw_row(line, slices, (f"{row['name']}, {place}", "ground truth", told), "axial", spacing)
+        titles = (f"{row['name']}, {which}", "ground truth", told)
+        draw_row(line, slices, titles, "axial", spacing)
     shown = f"{len(spread)} of {len(rows)} test cases, worst to best; native grid"
     write_figure(run.overview, figure, f"{data_set_name(cfg)}\n{shown}")
 
@@ -2209,27 +2176,25 @@ def draw_test_grid(run, rows, cuts, cfg, most=10):
 def draw_agreement(run, rows, burden, cfg):
     """Draw predicted against true burden, and the Bland-Altman plot, of PVS count and volume."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 9), layout="constrained")
-    kinds = {"count": ("Number of PVS", "PVS"), "volume_ml": ("Volume of PVS", "ml")}
-    for (scatter, bland), (name, (title, unit)) in zip(axes, kinds.items(), strict=True):
+    kinds = (("count", "Number of PVS", "PVS"), ("volume_ml", "Volume of PVS", "ml"))
+    for (scatter, bland), (name, title, unit) in zip(axes, kinds, strict=True):
         label, pred = (np.array([row[f"{name}_{s}"] for row in rows]) for s in ("label", "pred"))
         result, end = burden[name], 1.05 * max(label.max(), pred.max(), 1e-9)
         for key, text in {"pearson_r": "r", "lin_ccc": "concordance"}.items():
             title += "" if result[key] is None else f", {text} {result[key]:.3f}"
         scatter.plot([0, end], [0, end], color="0.6", lw=1, label="identity")
         scatter.plot(label, pred, "o", alpha=0.7)
-        span = (-0.03 * end, end)  # points at 0 are seen whole
-        scatter.set(xlim=span, ylim=span, aspect="equal", title=title)
+        scatter.set(xlim=(-0.03 * end, end), ylim=(-0.03 * end, end), aspect="equal", title=title)
         scatter.set(xlabel=f"ground truth, {unit}", ylabel=f"prediction, {unit}")
         bland.axhline(0, color="0.6", lw=1, label="no error")
         bland.plot((label + pred) / 2, pred - label, "o", alpha=0.7)
         if result["bias"] is not None:
             low, high = result["limits_of_agreement"]
             told = f"bias {result['bias']:.2f}, limits of agreement {low:.2f} to {high:.2f}"
-            for height, style in ((result["bias"], "-"), (low, "--"), (high, "--")):
-                bland.axhline(height, color="C1", ls=style, label=told if style == "-" else None)
-        bland.set(title="Bland-Altman", xlabel=f"mean of both, {unit}")
-        bland.set_ylabel(f"prediction - ground truth, {unit}")
-        bland.margins(y=0.3)  # room for the legend
+            for height, text in ((result["bias"], told), (low, None), (high, None)):
+                bland.axhline(height, color="C1", ls="-" if text else "--", label=text)
+        bland.set(xlabel=f"mean of both, {unit}", ylabel=f"prediction - ground truth, {unit}")
+        bland.set(title="Bland-Altman", ymargin=0.3)  # room for the legend
     for ax in axes.flat:
         ax.grid(alpha=0.3)
         ax.legend()
@@ -2240,26 +2205,24 @@ def draw_agreement(run, rows, burden, cfg):
 
 def draw_training_curves(run, cfg):
     """Draw losses, Dice and learning rate over the epochs, where there is a history."""
-    history = read_json(run.history) if run.history.exists() else []
-    panels = {
-        "loss, 0.5 BCE + 0.5 Dice loss": ("train_loss", "val_loss"),
-        f"Dice, {describe_grid(cfg)}": ("train_dice", "val_dice"),
-        "learning rate": ("lr",),
-    }
-    told = {"train": "training patches", "val": "validation volumes", "lr": "AdamW"}
+    if not run.history.exists():
+        return
+    history = read_json(run.history)
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    panels = {"loss, 0.5 BCE + 0.5 Dice loss": ("train_loss", "val_loss")}
+    panels |= {f"Dice, {describe_grid(cfg)}": ("train_dice", "val_dice"), "learning rate": ("lr",)}
+    told = {"train": "training patches", "val": "validation volumes", "lr": "AdamW"}
     for ax, (title, keys) in zip(axes, panels.items(), strict=True):
         for key in keys:
             points = [(row["epoch"], row[key]) for row in history if row[key] is not None]
-            ax.plot(*np.reshape(points, (-1, 2)).T, ".-", label=told[key.split("_")[0]])
+            ax.plot(*np.transpose(points), ".-", label=told[key.split("_")[0]])
         ax.set(title=title, xlabel="epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend()
         ax.grid(alpha=0.3)
     axes[1].set_ylim(0, 1)
     axes[2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    if history:
-        write_figure(run.curves, figure, data_set_name(cfg))
+    write_figure(run.curves, figure, data_set_name(cfg))
 
 
 # --------------------------------------------------------------------------------------- Demo data
@@ -2277,16 +2240,14 @@ def smooth_noise(rng, shape, sigma):
     step = max(1, int(sigma / 2))  # a coarser grid loses nothing
     coarse = rng.standard_normal([n // step + 2 for n in shape]).astype(np.float32)
     fine = ndimage.zoom(ndimage.gaussian_filter(coarse, sigma / step), step, order=1)
-    noise = fine[tuple(slice(n) for n in shape)]
+    noise = fine[tuple(map(slice, shape))]
     return (noise - noise.mean()) / noise.std()
 
 
 def simulate_tissue(rng, shape):
     """Return a head's T2w intensity relative to WM = 1, and masks of WM and basal ganglia."""
-    ticks = [np.arange(n, dtype=np.float32) - (n - 1) / 2 for n in shape]
-    x, y, z = (
-        axis + 1.5 * smooth_noise(rng, shape, 14) for axis in np.meshgrid(*ticks, indexing="ij")
-    )
+    grid = zip(np.indices(shape, np.float32), shape, strict=True)
+    x, y, z = (ticks - (n - 1) / 2 + 1.5 * smooth_noise(rng, shape, 14) for ticks, n in grid)
     radii = np.array(shape) / 2 * rng.uniform(0.9, 0.96, 3)
     radius = np.sqrt((x / radii[0]) ** 2 + (y / radii[1]) ** 2 + (z / radii[2]) ** 2)
     depth = (1 - radius) * radii.mean()  # mm below the skin
@@ -2303,33 +2264,11 @@ def simulate_tissue(rng, shape):
     return ndimage.gaussian_filter(image, 0.5), white, basal
 
 
-def draw_tube(occupancy, centre, axis, length, radius, bend):
-    """Raise `occupancy`, the fraction of each voxel that is filled, by a tube; lengths in voxels.
-
-    Its centre line is a parabola: straight along `axis`, off by `bend` at both ends.
-    """
-    fine = 3  # samples a voxel and axis
-    reach = length / 2 * np.abs(axis) + np.abs(bend) + radius
-    low = np.maximum(np.floor(centre - reach), 0).astype(int)
-    high = np.minimum(np.ceil(centre + reach) + 1, occupancy.shape).astype(int)
-    ticks = [
-        (np.arange(a * fine, b * fine) + 0.5) / fine - 0.5 - c
-        for a, b, c in zip(low, high, centre, strict=True)
-    ]
-    offset = np.stack(np.meshgrid(*ticks, indexing="ij"), -1)
-    along = np.clip(offset @ axis, -length / 2, length / 2)[..., None]
-    inside = ((offset - along * axis - (2 * along / length) ** 2 * bend) ** 2).sum(-1) < radius**2
-    a, b, c = high - low
-    box = tuple(slice(start, stop) for start, stop in zip(low, high, strict=True))
-    filled = inside.reshape(a, fine, b, fine, c, fine).mean((1, 3, 5))
-    occupancy[box] = np.maximum(occupancy[box], filled)
-
-
 def draw_tubes(rng, where, count, diameters):
-    """Return the occupancy of tubes like PVS, centred in the mask `where` and kept within it.
+    """Return the part of each voxel that tubes like PVS fill, centred and kept in the mask `where`.
 
-    They are 6-18 voxels long, point to the head's centre within some 25 degrees, and are as wide as
-    `diameters` (see DEMO_DIAMETERS) says.
+    They are 6-18 voxels long, point to the head's centre within some 25 degrees, are as wide as
+    `diameters` says (see DEMO_DIAMETERS), and bent to a parabola.
     """
     median, sigma, *limits = diameters
     occupancy, middle = np.zeros(where.shape, np.float32), (np.array(where.shape) - 1) / 2
@@ -2339,8 +2278,18 @@ def draw_tubes(rng, where, count, diameters):
         axis = inward + 0.3 * rng.standard_normal(3)
         axis /= np.linalg.norm(axis)
         length, bend = rng.uniform(6, 18), np.cross(axis, rng.standard_normal(3))
-        diameter = np.clip(rng.lognormal(np.log(median), sigma), *limits)
-        draw_tube(occupancy, centre, axis, length, diameter / 2, 0.08 * length * bend)
+        radius = np.clip(rng.lognormal(np.log(median), sigma), *limits) / 2
+        bend = 0.08 * length * bend  # of both ends
+        reach = length / 2 * np.abs(axis) + np.abs(bend) + radius
+        low = np.maximum(np.floor(centre - reach), 0).astype(int)
+        high = np.minimum(np.ceil(centre + reach) + 1, where.shape).astype(int)
+        samples = np.mgrid[tuple(map(slice, 3 * low, 3 * high))]  # three a voxel and axis
+        offset = (np.stack(samples, -1) + 0.5) / 3 - 0.5 - centre
+        along = np.clip(offset @ axis, -length / 2, length / 2)[..., None]
+        off_line = offset - along * axis - (2 * along / length) ** 2 * bend
+        (a, b, c), box = high - low, occupancy[tuple(map(slice, low, high))]
+        inside = ((off_line**2).sum(-1) < radius**2).reshape(a, 3, b, 3, c, 3)
+        np.maximum(box, inside.mean((1, 3, 5)), out=box)
     return occupancy * ndimage.binary_dilation(where, iterations=1)
 
 
@@ -2381,18 +2330,16 @@ def write_head(folder, subject, volumes, spacing=1):
 def make_demo_data(folder, seed):
     """Make the demo's BIDS data set, laid out as ds005595, unless it is there.
 
-    The full description, with the seed, is written last: another or an unfinished set is remade.
-
-    Raises:
-        ValueError: the folder holds data that the demo has not made.
+    The description with the seed is written last: another or an unfinished set is made anew. A
+    folder that holds data which the demo has not made is a ValueError.
     """
-    folder, maker = Path(folder), {"Name": "train_pvs.py --demo", "Version": f"1, seed {seed}"}
+    marker, maker = Path(folder, "dataset_description.json"), {"Name": "train_pvs.py --demo"}
+    maker |= {"Version": f"1, seed {seed}"}
     description = {"Name": DEMO_NAME, "BIDSVersion": "1.9.0", "GeneratedBy": [maker]}
-    marker = folder / "dataset_description.json"
     found = read_json(marker) if marker.exists() else {}
     if found == description:
         return
-    free = found.get("Name") == DEMO_NAME or not folder.exists() or not any(folder.iterdir())
+    free = found.get("Name") == DEMO_NAME or not any(Path(folder).glob("*"))
     require(free, f"{folder}: holds other data than the demo's; choose another --output-dir")
     shutil.rmtree(folder, ignore_errors=True)
     write_json(marker, {"Name": DEMO_NAME})
@@ -2404,6 +2351,8 @@ def make_demo_data(folder, seed):
 
 # -------------------------------------------------------------------------------------------- Main
 
+FAILURES = (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError, KeyboardInterrupt)
+
 
 def log_settings(cfg, options, title):
     """Print the title, every setting that differs from the published one, and overridden edits."""
@@ -2411,12 +2360,11 @@ def log_settings(cfg, options, title):
     for name, value in asdict(cfg).items():
         if options.check or value != PUBLISHED.get(name, getattr(Config, name)):
             log.info("  %-21s %s", name, words(value))
-    for name in sorted(set(options.edited) - {"OUTPUT_DIR", *options.given}):
-        edited, used = words(options.edited[name]), words(getattr(cfg, name))
-        source = f"recipe {options.recipe}" if name in options.of_recipe else "checkpoint"
-        if used != edited:
-            told = "Warning: %s: edited to %s in the file, but the %s has %s, which is used"
-            log.warning(told, name, edited, source, used)
+        edited = options.edited.get(name, value)
+        if edited != value and name not in {"OUTPUT_DIR", *options.given}:
+            source = f"recipe {options.recipe}" if name in options.of_recipe else "checkpoint"
+            told = f"edited to {words(edited)} in the file, but the {source} has {words(value)}"
+            log.warning("Warning: %s: %s, which is used", name, told)
 
 
 def log_plan(run, cfg, model, scans):
@@ -2435,24 +2383,16 @@ def log_plan(run, cfg, model, scans):
 
 
 def keep_prepared(split, prepared, cfg):
-    """Return the split with the prepared cases; of the training those without PVS are left out.
-
-    The test scans are the same for every recipe, whatever its grid shows of them.
-
-    Raises:
-        ValueError: no PVS are left to train with, or to choose the weights by.
-    """
+    """Return the split with prepared cases; those without PVS are no training cases, but tested."""
     ready = {case.name: case for case in prepared}
     split = {part: [ready[case.name] for case in cases] for part, cases in split.items()}
-    for case in split["train"]:
-        if not case.working_voxels:
-            told = "Warning: not trained with, no PVS on the working grid (%d on its own): %s"
-            log.warning(told, case.native_voxels, case.label)
-    split["train"] = [case for case in split["train"] if case.working_voxels]
+    for case in [case for case in split["train"] if not case.working_voxels]:
+        split["train"].remove(case)
+        told = "Warning: not trained with, no PVS on the working grid (%d on its own): %s"
+        log.warning(told, case.native_voxels, case.label)
     bare = [part for part in ("train", "val") if not any(c.working_voxels for c in split[part])]
-    told = f"expected masks with PVS on the working grid, none is left in {', '.join(bare)}"
-    remedy = "Choose other subjects with --split, or draw them with another --seed."
-    require(not bare, f"{cfg.DATA_DIR}: {told}. {remedy}")
+    told = "expected masks with PVS on the working grid, none is left in " + ", ".join(bare)
+    require(not bare, f"{cfg.DATA_DIR}: {told}. Choose other subjects with --split or --seed.")
     return split
 
 
@@ -2461,107 +2401,95 @@ def set_up_training(cfg, options):
     run, last = Run(cfg.OUTPUT_DIR), None
     if options.resume:
         last, cfg = read_last(run.last, cfg, options)
-    starts = cfg.INIT_FROM and not last
-    mine = starts and any(os.path.samefile(cfg.INIT_FROM, path) for path in run.results())
-    require(not mine, f"{cfg.INIT_FROM}: INIT_FROM, which this run would replace")
+    files = run.results() if cfg.INIT_FROM and not last else []
+    told = f"{cfg.INIT_FROM}: INIT_FROM, which this run would replace; choose another --output-dir"
+    require(not any(os.path.samefile(cfg.INIT_FROM, path) for path in files), told)
     there = options.demo or os.path.isdir(cfg.DATA_DIR)
     require(there, f"{cfg.DATA_DIR}: no such folder (DATA_DIR)\n{HOW_TO_GET_DATA}")
-    own = options.demo and Path(cfg.DATA_DIR, "dataset_description.json").exists()
-    if first_process():
-        replaceable = options.overwrite or options.check or options.resume or own
-        run.open("check" if options.check else "train", replaceable, options.overwrite)
-        log_settings(cfg, options, f"recipe {options.recipe}")
-        if options.demo:
-            make_demo_data(cfg.DATA_DIR, cfg.SEED)
-        model = build_model(cfg, pretrained=not (last or starts or options.check))
-    wait_for_all()  # the first has made data, and downloaded weights
-    if not first_process():
-        model = build_model(cfg, pretrained=not (last or starts or options.check))
+    again = options.demo and Path(cfg.DATA_DIR, "dataset_description.json").exists()
+    replaceable = options.overwrite or options.check or options.resume or again
+    run.open("check" if options.check else "train", replaceable, options.overwrite)
+    log_settings(cfg, options, f"recipe {options.recipe}")
+    for turn in (True, False):  # the first process makes data, and downloads weights, for all
+        if first_process() == turn:
+            if options.demo:
+                make_demo_data(cfg.DATA_DIR, cfg.SEED)
+            model = build_model(cfg, pretrained=not (last or cfg.INIT_FROM or options.check))
+        wait_for_all()
     cases = find_cases(cfg)
     split = split_as_before(cases, last) if last else split_cases(cases, cfg)
-    chosen = {case.name for part in split.values() for case in part}
-    cases = [case for case in cases if case.name in chosen]
+    cases = [*itertools.chain(*split.values())]
     if not any(cfg.PIX_DIM):  # folds share a grid
         cfg = replace(cfg, PIX_DIM=own_spacing(cases if cfg.FOLDS else split["train"]))
     split = keep_prepared(split, prepare_cases(cases, cfg), cfg)
     if last:
         check_unchanged(split, last)
-    if starts:
+        log.info("Resumed         after epoch %d", len(last["progress"]["history"]))
+    elif cfg.INIT_FROM:
         load_initial_weights(model, split, cfg)
     log_plan(run, cfg, model, ", ".join(f"{len(part)} {name}" for name, part in split.items()))
     for part in ("val", "test"):
         log.info("  %-14s%s", part, " ".join(case.name for case in split[part][:10]))
     if options.check:
-        told = "Nothing was trained (--check). What it leaves, and a run reads: %s; a log in %s"
-        log.info(told, cache_folder(cfg), run.logs)
+        log.info("Nothing was trained (--check). What a run reads: %s", cache_folder(cfg))
         return lambda: 0
-    if last:
-        log.info("Resumed         after epoch %d", len(last["progress"]["history"]))
     return functools.partial(train, run, model, split, cfg, last)
 
 
 def train(run, model, split, cfg, last):
-    """Fit, from `last.pth` on if there is its content, then test with the best weights and draw.
-
-    Returns:
-        the exit status
-    """
+    """Fit, from `last.pth` on if there is its content, test the best weights; return the status."""
+    device, shared = choose_device(cfg), process_number("WORLD_SIZE") > 1
     if not last:
         run.clear()  # --overwrite
-        for old in run.folder.parent.glob("cross_validation.*") if cfg.FOLDS else []:
-            old.unlink(missing_ok=True)  # written anew at this fold's end
+        for kind in ("json", "csv") if cfg.FOLDS else ():  # written anew at this fold's end
+            (run.folder.parent / f"cross_validation.{kind}").unlink(missing_ok=True)
     if first_process():
-        parts = {name: sorted({c.subject for c in part}) for name, part in split.items()}
-        write_json(run.split, parts)
-    model.to(choose_device(cfg))
+        write_json(run.split, {part: sorted({c.subject for c in split[part]}) for part in split})
+    model.to(device)
     if cfg.HEAD_BIAS_LOG_ODDS and not cfg.INIT_FROM:
         start_at_log_odds(model, split["train"], cfg)
-    if process_number("WORLD_SIZE") > 1 and choose_device(cfg).type == "cuda":
+    if shared and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     fit(run, model, cfg, split, last)
     wait_for_all()  # the first has written the weights
     content = read_checkpoint(run.best)
     load_weights(model, content, run.best)
-    best = describe_weights(content, run.best)
-    told = "Best validation Dice %.4f on the working grid, in epoch %d"
-    log.info(told, best["val_dice"], best["epoch"])
-    evaluate(run, model, split["test"], best, cfg)
-    if best["val_dice"] == 0 and first_process():
+    told = "Best validation Dice %(val_dice).4f on the working grid, in epoch %(epoch)d"
+    log.info(told, content["history_row"])
+    evaluate(run, model, split["test"], [(run.best, content)], cfg)
+    learned = content["history_row"]["val_dice"] > 0
+    if not learned and first_process():
         log.error("No PVS were learned: the validation Dice never left 0. %s", advice(cfg))
-    return int(best["val_dice"] == 0)
-
-
-def describe_weights(content, path):
-    """Return {"file", "epoch", "val_dice"} of a checkpoint's content."""
-    return {"file": str(path)} | {key: content["history_row"][key] for key in ("epoch", "val_dice")}
+    return int(not learned)
 
 
 def read_again(case):
     """Return the scan and the bool mask (X, Y, Z) of a case; an OSError if they have changed."""
-    volumes = []
-    for path, known in ((case.image, case.sha256), (case.label, case.label_sha256)):
-        try:
-            volumes.append(read_volume(path))
-        except ValueError as error:
-            raise OSError(str(error)) from None
-        same = hash_voxels(volumes[-1]) == known
+    try:
+        image, label = read_volume(case.image), read_volume(case.label)
+    except ValueError as error:
+        raise OSError(str(error)) from None
+    for path, volume, known in ((case.image, image, "sha256"), (case.label, label, "label_sha256")):
+        same = hash_voxels(volume) == getattr(case, known)
         require(same, f"{path}: has other voxels than when the run began", OSError)
-    return np.asarray(volumes[0][0]), np.asarray(volumes[1][0]) > 0
+    return np.asarray(image[0]), np.asarray(label[0]) > 0
 
 
-def evaluate(run, model, cases, weights, cfg):
+def evaluate(run, model, cases, contents, cfg):
     """Test prepared cases on both grids, write predictions, scores, figures; return status 0.
 
-    `weights`: which they are, as `describe_weights` tells; a list for several checkpoints.
+    `contents`: [(path, content)] of the checkpoints that the model has its weights from.
     """
-    rows, cuts = [], []
+    rows, cuts, weights = [], [], []
     for case in Progress(share(cases), "testing"):
         entry, (image, label) = load_cached(case), read_again(case)
-        affine = entry["native_affine"].numpy()
-        working_prob, prob = predict_case(model, entry, cfg)
+        (working_prob, prob), affine = (
+            predict_case(model, entry, cfg),
+            entry["native_affine"].numpy(),
+        )
         pred = decide(prob, affine, cfg)
-        write_prediction(run, case, pred, prob, cfg)
         working_pred = decide(working_prob, entry["affine"].numpy(), cfg)
+        write_prediction(run, case, pred, prob, cfg)
         rows.append(score_case(case, entry, working_pred, pred, label))
         masks = {"ground truth": label, "prediction": pred}
         title = describe_scores(rows[-1], affine, cfg)
@@ -2569,7 +2497,13 @@ def evaluate(run, model, cases, weights, cfg):
     rows, cuts = gather(rows), gather(cuts)
     if first_process():
         write_description(run, cases, cfg)
-        blocks = write_test_metrics(run, rows, weights, cfg)
+        for path, content in contents:
+            row = content["history_row"]
+            weights.append({"file": str(path), "epoch": row["epoch"], "val_dice": row["val_dice"]})
+        origin = {"checkpoint": weights if len(weights) > 1 else weights[0], "config": asdict(cfg)}
+        origin |= {"device": str(choose_device(cfg)), "versions": package_versions()}
+        origin["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        blocks = write_test_metrics((run.scores, run.table), rows, origin, cfg)
         draw_test_grid(run, rows, cuts, cfg)
         draw_agreement(run, rows, blocks["burden"], cfg)
         draw_training_curves(run, cfg)
@@ -2581,31 +2515,24 @@ def evaluate(run, model, cases, weights, cfg):
 
 
 def segment_scan(run, model, case, cfg):
-    """Segment a scan, write and draw its mask; return its row of `participants_pvs.csv`.
-
-    Raises:
-        ValueError: it cannot be read, or shows no head; names the file.
-    """
+    """Segment a scan, write and draw its mask; return its row of `participants_pvs.csv`."""
     image = read_scan(case.image)
     entry = to_working_grid({"image": image}, cfg)
     prob, affine = predict_case(model, entry, cfg)[1], entry["native_affine"].numpy()
     pred = decide(prob, affine, cfg)
     mask = write_prediction(run, case, pred, prob, cfg).relative_to(run.folder)
-    row = {"participant_id": case.subject, "name": case.name}
-    row |= {"count": ndimage.label(pred, TOUCHING)[1], "volume_ml": volume_ml(pred, affine)}
-    told = f"{case.name}: {row['count']} PVS, {row['volume_ml']:.3f} ml predicted\n"
-    told += (
-        f"native grid, {spacing_words(ras_spacing(affine))}\npredicted on the {describe_grid(cfg)}"
-    )
-    draw_case(run, case, np.asarray(image[0]), affine, {"prediction": pred}, told)
-    return row | {"scan": case.image, "mask": mask}
+    count, volume = ndimage.label(pred, TOUCHING)[1], volume_ml(pred, affine)
+    title = f"{case.name}: {count} PVS, {volume:.3f} ml predicted\nnative grid, "
+    title += f"{spacing_words(ras_spacing(affine))}\npredicted on the {describe_grid(cfg)}"
+    draw_case(run, case, np.asarray(image[0]), affine, {"prediction": pred}, title)
+    row = {"participant_id": case.subject, "name": case.name, "count": count}
+    return row | {"volume_ml": volume, "scan": case.image, "mask": mask}
 
 
 def predict_scans(run, model, cases, cfg):
     """Segment scans one at a time; return the exit status, 1 where one could not be done.
 
-    A scan that cannot be read, or is too large for the memory, is named at the end; the others are
-    done.
+    Scans that cannot be read, or are too large for the memory, are named at the end.
     """
     rows, problems = [], []
     write_description(run, cases, cfg)
@@ -2613,46 +2540,39 @@ def predict_scans(run, model, cases, cfg):
         try:
             rows.append(segment_scan(run, model, case, cfg))
             write_csv(run.burden, rows)
+            log.info("%(name)s: %(count)d PVS, %(volume_ml).3f ml", rows[-1])
         except ValueError as error:
             problems.append(str(error))
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
             problems.append(f"{case.image}: memory ran out; {OUT_OF_MEMORY}")
-    for row in rows:
-        log.info("%s: %d PVS, %.3f ml", row["name"], row["count"], row["volume_ml"])
     log.info("%d of %d scans are segmented in %s", len(rows), len(cases), run.folder.resolve())
     for problem in problems:
         log.error("Not segmented: %s", problem)
     return 1 if problems else 0
 
 
-def restore_configs(paths, contents, cfg, options):
-    """Return the Config of checkpoints that are used together; of thresholds and sizes the mean.
-
-    Raises:
-        ValueError: they are of different networks or grids, names what differs.
-    """
-    pairs = zip(contents, paths, strict=True)
-    configs = [asdict(restore_config(content, path, cfg, options)) for content, path in pairs]
-    first, problems = configs[0], []
-    for path, other in zip(paths, configs, strict=True):
-        for name in list_differences(first, other, names(Network, Grid) | {"TTA_FLIPS"}):
-            problems.append(f"{name}: {paths[0]} has {first[name]}, {path} has {other[name]}")
+def restore_configs(contents, cfg, options):
+    """Return the Config of [(path, checkpoint)] together; of thresholds and sizes the mean."""
+    configs = [asdict(restore_config(content, path, cfg, options)) for path, content in contents]
+    one, first = contents[0][0], configs[0]
+    problems = [
+        f"{name}: {one} has {first[name]}, {path} has {other[name]}"
+        for (path, _), other in zip(contents, configs, strict=True)
+        for name in list_differences(first, other, names(Network, Grid) | {"TTA_FLIPS"})
+    ]
     require(not problems, "\n  ".join(["checkpoints that do not go together:", *problems]))
     means = {n: float(np.mean([c[n] for c in configs])) for n in ("THRESHOLD", "SMALLEST_PVS")}
     return replace(cfg, **first | means)
 
 
 def choose_test_cases(cases, contents):
-    """Return the cases that no checkpoint was trained or chosen with; log the others.
-
-    Scans are known again by their voxels, wherever the files lie. A ValueError if none is left.
-    """
-    used = seen_hashes(contents)
+    """Return the cases that no checkpoint was trained or chosen with, by voxels; log the others."""
+    used = seen_hashes(content for _, content in contents)
     left_out = [case.name for case in cases if case.sha256 in used]
     told = "the checkpoint was trained or chosen with every scan, none is left to test on"
-    require(len(left_out) < len(cases), f"DATA_DIR: {told}; expected scans that it has not seen")
+    require(len(left_out) < len(cases), f"DATA_DIR: {told}; expected others")
     if left_out:
         log.info("Not tested on   %s: trained or chosen with", " ".join(left_out))
     return [case for case in cases if case.sha256 not in used]
@@ -2660,64 +2580,54 @@ def choose_test_cases(cases, contents):
 
 def set_up_trained(cfg, options):
     """Do all that comes before --evaluate and --predict; return the work left, a function."""
-    runs = [
-        Run(cfg.OUTPUT_DIR),
-        Run(Config.OUTPUT_DIR),
-    ]  # the default folder's if there is no other
-    default = next((run for run in runs if run.best.parent.is_dir()), runs[0]).best
-    run, paths = runs[0], list(map(Path, options.checkpoint or [default]))
-    contents = [read_checkpoint(path) for path in paths]
-    cfg, saved = restore_configs(paths, contents, cfg, options), contents[0]["config"]
+    run, models = Run(cfg.OUTPUT_DIR), nn.ModuleList()
+    places = (run.best, Run(Config.OUTPUT_DIR).best)  # the default folder's if there is no other
+    default = next((path for path in places if path.parent.is_dir()), run.best)
+    paths = list(map(Path, options.checkpoint or [default]))
+    contents = [(path, read_checkpoint(path)) for path in paths]
+    cfg, saved = restore_configs(contents, cfg, options), contents[0][1]["config"]
     command = "predict" if options.predict else f"evaluate-{Path(cfg.DATA_DIR).resolve().name}"
     cases = find_scans(options.predict, cfg) if options.predict else find_cases(cfg)
     # Whether --evaluate makes the test of a run again: its weights, data and decision.
     same = all(saved.get(name) == getattr(cfg, name) for name in {"DATA_DIR", *names(Decision)})
-    own = options.evaluate and same and [path.resolve() for path in paths] == [run.best.resolve()]
+    own = options.evaluate and same and [p.resolve() for p in paths] == [run.best.resolve()]
     if not own and run.best.parent.exists():
         run = Run(run.folder / command)  # its own, in the run's
         cfg = replace(cfg, OUTPUT_DIR=str(run.folder))
-    models = nn.ModuleList(build_model(cfg, pretrained=False) for _ in paths)
-    for model, content, path in zip(models, contents, paths, strict=True):
-        load_weights(model, content, path)
+    for path, content in contents:
+        models.append(build_model(cfg, pretrained=False))
+        load_weights(models[-1], content, path)
     models.to(choose_device(cfg))
     run.open(command.split("-")[0], options.overwrite or own, options.overwrite)
     wait_for_all()
     if not own:
         run.clear()  # --overwrite
     log_settings(cfg, options, f"{command}, checkpoint {', '.join(map(str, paths))}")
-    weights = [describe_weights(*pair) for pair in zip(contents, paths, strict=True)]
-    for row in weights:
-        told = "Weights         epoch %d, validation Dice %s on the working grid"
-        log.info(told, row["epoch"], row["val_dice"] and f"{row['val_dice']:.4f}")
+    for row in (content["history_row"] for _, content in contents):
+        dice = row["val_dice"] and f"{row['val_dice']:.4f} on the working grid"
+        log.info("Weights         epoch %d, validation Dice %s", row["epoch"], dice)
     if options.predict:
         log_plan(run, cfg, models, f"{len(cases)} to segment")
         return functools.partial(predict_scans, run, models, cases, cfg)
     cases = choose_test_cases(prepare_cases(cases, cfg), contents)
     log_plan(run, cfg, models, f"{len(cases)} to test")
-    weights = weights[0] if len(weights) == 1 else weights
-    return functools.partial(evaluate, run, models, cases, weights, cfg)
+    return functools.partial(evaluate, run, models, cases, contents, cfg)
 
 
-def tell_way_on(cfg, options, begun):
-    """Return what to do after a run that ended before its work was done."""
-    if not begun:
-        return "Nothing had begun: run the same command again."
-    if options.evaluate or options.predict:
-        return "Run the same command again; add --overwrite if the folder holds results."
-    if Run(cfg.OUTPUT_DIR).last.exists():
-        return "Go on with the same command and --resume."
-    return "No epoch was finished: run the same command again, with --overwrite."
-
-
-def tell_failure(error, way_on, begun):
+def tell_failure(error, cfg, options, begun):
     """Print in a line or two why the run ended and what to do; return the exit status.
 
-    What all processes meet, the first one of each computer tells.
-
-    Raises:
-        the error, where it is no user's mistake, machine's failure or signal, but the script's
+    What all processes meet, the first one of each computer tells. An error that is no user's
+    mistake, machine's failure or signal, but the script's, is raised again.
     """
-    first, text, status = process_number("LOCAL_RANK") == 0, str(error).strip(), 1
+    text, status, alone = str(error).strip(), 1, False
+    way_on = "No epoch was finished: run the same command again, with --overwrite."
+    if not begun:
+        way_on = "Nothing had begun: run the same command again."
+    elif options.evaluate or options.predict:
+        way_on = "Run the same command again; add --overwrite if the folder holds results."
+    elif Run(cfg.OUTPUT_DIR).last.exists():
+        way_on = "Go on with the same command and --resume."
     if stop_signals or isinstance(error, KeyboardInterrupt):
         number = signal.Signals((stop_signals or [signal.SIGINT])[0])
         told, status = f"Interrupted ({number.name}). {way_on}", 128 + number
@@ -2726,23 +2636,20 @@ def tell_failure(error, way_on, begun):
     elif re.search("Connection (closed|reset) by peer", text):
         told = f"Error: another process of the run has ended.\n{way_on}"
     elif isinstance(error, FloatingPointError):
-        first, told = True, f"Error: {text}"
+        alone, told = True, f"Error: {text}"
     elif isinstance(error, OSError):  # a worker's own holds its traceback
-        first, told = True, "Error: " + text.rsplit("\nOSError: ", 1)[-1] + f"\n{way_on}"
+        alone, told = True, "Error: " + text.rsplit("\nOSError: ", 1)[-1] + f"\n{way_on}"
     elif "DataLoader worker (pid" in text:
-        told = "a worker process was killed, most likely since memory, or /dev/shm, ran out"
-        told = f"Error: {told}.\nFirst lower --num-workers. {OUT_OF_MEMORY}\n{way_on}"
+        told = "Error: a worker process was killed, most likely since memory, or /dev/shm, ran out."
+        told += f"\nFirst lower --num-workers. {OUT_OF_MEMORY}\n{way_on}"
     elif lacks_memory(error):
         cause = text.split("\n")[0]
-        first, told = True, f"Error: memory ran out ({cause}).\n{OUT_OF_MEMORY}\n{way_on}"
+        alone, told = True, f"Error: memory ran out ({cause}).\n{OUT_OF_MEMORY}\n{way_on}"
     else:
         raise error
-    if first:
+    if alone or process_number("LOCAL_RANK") == 0:
         log.error("%s", told)
     return status
-
-
-FAILURES = (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError, KeyboardInterrupt)
 
 
 def main(argv=None):
@@ -2758,7 +2665,7 @@ def main(argv=None):
                 wait_for_all()  # torchrun ends all when one has ended with another status than 0
                 return status
         except FAILURES as error:
-            return tell_failure(error, tell_way_on(cfg, options, work), begun=work)
+            return tell_failure(error, cfg, options, begun=work)
 
 
 if __name__ == "__main__":
