@@ -660,9 +660,10 @@ class Progress(tqdm):
     def display(self, msg=None, pos=None):
         """Show the bar, or write it as a line while the work is under way."""
         if self.fp.isatty():
-            super().display(msg, pos)
-        elif 0 < self.n < self.total:
+            return super().display(msg, pos)  # by which `close` knows that the line is to be left
+        if 0 < self.n < self.total:
             self.fp.write(f"{self}\n")
+        return False
 
     def __iter__(self):
         """Yield the items; end the run where Python lost a signal's exception in a destructor."""
@@ -1111,7 +1112,7 @@ def cache_path(case, cfg):
     """Return where a case's prepared volume lies; other files, settings or code, another name."""
     stats = [(path, os.stat(path)) for path in (case.image, case.label)]
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    key = (files, cfg.PIX_DIM, cfg.INTENSITY_PERCENTILES, CACHED_CODE, LIBRARIES)
+    key = (files, cfg.PIX_DIM, cfg.INTENSITY_PERCENTILES, CACHED_CODE, LIBRARIES, INTERPOLATION)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     return cache_folder(cfg) / f"{case.name}-{digest}.pt"
 
@@ -1597,7 +1598,7 @@ def check_unchanged(split, content):
 def load_initial_weights(model, split, cfg):
     """Load the weights of INIT_FROM, if they never saw the scans to validate and test on."""
     content, now = read_checkpoint(cfg.INIT_FROM), asdict(cfg)
-    differ = list_differences(now | content["config"], now, names(Network))
+    differ = list_differences(PUBLISHED | content["config"], now, names(Network))
     told = f"{cfg.INIT_FROM}: expected a checkpoint of this run's network, it has another"
     require(not differ, f"{told} {', '.join(differ)}")
     load_weights(model, content, cfg.INIT_FROM)
@@ -2416,6 +2417,8 @@ def set_up_training(cfg, options):
                 make_demo_data(cfg.DATA_DIR, cfg.SEED)
             model = build_model(cfg, pretrained=not (last or cfg.INIT_FROM or options.check))
         wait_for_all()
+    if last:
+        load_weights(model, last, run.last)
     cases = find_cases(cfg)
     split = split_as_before(cases, last) if last else split_cases(cases, cfg)
     cases = [*itertools.chain(*split.values())]
