@@ -195,7 +195,8 @@ def write_table(results, options):
         "table, and `nnunet.py` beside it. Scores are means over the test heads and seeds, with "
         "the 95 % bootstrap interval over these pairs, which are not independent, all on the "
         "**native grid**. Round trip: what the grid alone leaves of a perfect mask. Differences "
-        "are paired: the same heads and seeds.",
+        "are paired: the same heads and seeds. nnU-Net is made for a thousand epochs; its row says "
+        "only what these minutes give.",
         "",
         f"| recipe | trained on | {' | '.join(SCORES)} | compared with | native Dice, difference | "
         "lesion F1, difference | epochs |",

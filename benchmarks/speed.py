@@ -71,7 +71,8 @@ def describe(options):
         place = f"{torch.cuda.get_device_name()}, on {place}"
     dtype = train_pvs.autocast_dtype(torch.device(options.device), train_pvs.Config())
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    scans = f"simulated heads, {' x '.join(map(str, options.shape))} voxels of {HEAD_MM} mm"
+    scans = f"simulated heads, {' x '.join(map(str, options.shape))} voxels of {HEAD_MM} mm, "
+    scans += f"{1 - math.prod(FIELD):.0%} of them air"
     if options.data_dir:
         scans = f"the first {HEADS} of {Path(options.data_dir).resolve().name}"
     return f"""## {place}
@@ -283,11 +284,11 @@ def measure_epoch(bench):
         train_pvs.validate(models[0], [last], cfg, epoch)
         waits.append(f"{100 * loader.waited / (time.perf_counter() - start):.1f} %")
 
-    sides = {"pipeline, cached": ours}
-    sides["plain loop"] = partial(plain_epoch, models[1], adamw, *loaders, cfg)
+    theirs = partial(plain_epoch, models[1], adamw, *loaders, cfg)
+    sides = {"pipeline, cached": ours, "plain loop": theirs}
     bench.compare("training and validation, s", sides)
     told = f"The pipeline waits for batches in {', '.join(waits)} of its epochs' time"
-    bench.tell(f"{told}, {workers} workers. Those of both sides start in the first epoch.")
+    bench.tell(f"{told}, {workers} workers; both sides' start in the first epoch.")
     bench.tell(
         "Plain loop: MONAI's transforms from the files in every epoch, MetaTensors, float32, "
         "contiguous, AdamW not fused; windows of equal weight on the uncropped volume."
@@ -394,11 +395,10 @@ def measure_preparation(bench):
 
     sides = {"first run, empty cache": first, "second run": partial(prepare_heads, cfg)}
     bench.compare(f"prepare_cases, {HEADS} scans, s", sides)
-    cases = prepare_heads(cfg)
-    size = sum(os.path.getsize(case.cache) for case in cases)
+    size = sum(os.path.getsize(case.cache) for case in (cases := prepare_heads(cfg)))
     voxels = sum(train_pvs.load_cached(case)["image"].numel() for case in cases)
-    told = f"{size / voxels:.2f} bytes a voxel of the box, {size / len(cases) / 1e6:.1f} MB a scan"
-    bench.tell(f"The cache takes {told}.")
+    told = f"{size / voxels:.2f} bytes a voxel of the box"
+    bench.tell(f"The cache takes {told}, {size / HEADS / 1e6:.1f} MB a scan.")
 
 
 def memory(field, status):
@@ -433,8 +433,8 @@ def run_script(bench, rows, heads, *flags, processes=1, **environment):
     argv = ["-c", code] if processes == 1 else [*torchrun, train_pvs.__file__]
     argv += [*SMALL.split(), "--data-dir", data, "--cache-dir", work / "cache", *flags]
     argv += ["--split", work / "split.json", "--output-dir", out]
-    how = {"env": os.environ | environment, "capture_output": True, "text": True, "cwd": ROOT}
-    done = subprocess.run([sys.executable, *map(str, argv)], **how, check=False)
+    argv, how = [sys.executable, *map(str, argv)], {"capture_output": True, "text": True}
+    done = subprocess.run(argv, env=os.environ | environment, cwd=ROOT, check=False, **how)
     run = train_pvs.Run(out)
     if not run.scores.exists():  # the status is 1 also where the epochs taught nothing
         raise RuntimeError(f"a run ended early: {done.stderr.strip()[-500:]}")

@@ -61,8 +61,7 @@ def test_speed_measures_each_kind_of_row(accuracies, tmp_path):
     trained = tmp_path / "trained.md"
     assert speed.main(["--only", "inference", *flags, *data, "--output", str(trained)]) == 0
     rows = rows_of(output, "measured") + rows_of(trained, "measured")
-    names = ["pipeline, cached", "first run, empty cache", "pipeline"]
-    assert [row[1] for row in rows] == names
+    assert [row[1] for row in rows] == ["pipeline, cached", "first run, empty cache", "pipeline"]
     for *_, a, b, ratio, spread in rows:
         assert float(ratio.strip("*")) == pytest.approx(float(b) / float(a), rel=0.02)
         assert spread.endswith(", 1 pair")
