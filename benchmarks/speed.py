@@ -141,7 +141,7 @@ class Bench:
                     torch.cuda.synchronize()
                 seconds = time.perf_counter() - start
                 pair.append(result if isinstance(result, dict) else {what: seconds})
-            pairs += [pair] if number >= 0 else []
+            pairs += [pair] * (number >= 0)
             print(f"  {what}: {len(pairs)} of {self.options.pairs} pairs", flush=True)
         for row in pairs[0][0]:
             self.add(row, sides, [(a[row], b[row]) for a, b in pairs])
@@ -273,10 +273,10 @@ def measure_epoch(bench):
     *cases, last = prepare_heads(cfg)
     models = build_model(cfg), build_model(cfg)
     state = train_pvs.TrainState(models[0], cfg)
-    loader = Watched(train_pvs.build_train_loader(cases, cfg, bench.device))
-    workers = loader.batches.num_workers
+    pipeline = train_pvs.build_train_loader(cases, cfg, bench.device)
+    loader = Watched(pipeline)
     adamw = torch.optim.AdamW(models[1].parameters(), lr=cfg.LR, weight_decay=cfg.WEIGHT_DECAY)
-    loaders = plain_loader(cases, cfg, True, workers), plain_loader([last], cfg, False)
+    loaders = plain_loader(cases, cfg, True, pipeline.num_workers), plain_loader([last], cfg, False)
 
     def ours():
         start, epoch, loader.waited = time.perf_counter(), len(waits) + 1, 0.0
@@ -285,10 +285,9 @@ def measure_epoch(bench):
         waits.append(f"{100 * loader.waited / (time.perf_counter() - start):.1f} %")
 
     theirs = partial(plain_epoch, models[1], adamw, *loaders, cfg)
-    sides = {"pipeline, cached": ours, "plain loop": theirs}
-    bench.compare("training and validation, s", sides)
+    bench.compare("training and validation, s", {"pipeline, cached": ours, "plain loop": theirs})
     told = f"The pipeline waits for batches in {', '.join(waits)} of its epochs' time"
-    bench.tell(f"{told}, {workers} workers; both sides' start in the first epoch.")
+    bench.tell(f"{told}, {pipeline.num_workers} workers; both sides' start in the first epoch.")
     bench.tell(
         "Plain loop: MONAI's transforms from the files in every epoch, MetaTensors, float32, "
         "contiguous, AdamW not fused; windows of equal weight on the uncropped volume."
@@ -395,7 +394,8 @@ def measure_preparation(bench):
 
     sides = {"first run, empty cache": first, "second run": partial(prepare_heads, cfg)}
     bench.compare(f"prepare_cases, {HEADS} scans, s", sides)
-    size = sum(os.path.getsize(case.cache) for case in (cases := prepare_heads(cfg)))
+    cases = prepare_heads(cfg)
+    size = sum(os.path.getsize(case.cache) for case in cases)
     voxels = sum(train_pvs.load_cached(case)["image"].numel() for case in cases)
     told = f"{size / voxels:.2f} bytes a voxel of the box"
     bench.tell(f"The cache takes {told}, {size / HEADS / 1e6:.1f} MB a scan.")
@@ -433,8 +433,8 @@ def run_script(bench, rows, heads, *flags, processes=1, **environment):
     argv = ["-c", code] if processes == 1 else [*torchrun, train_pvs.__file__]
     argv += [*SMALL.split(), "--data-dir", data, "--cache-dir", work / "cache", *flags]
     argv += ["--split", work / "split.json", "--output-dir", out]
-    argv, how = [sys.executable, *map(str, argv)], {"capture_output": True, "text": True}
-    done = subprocess.run(argv, env=os.environ | environment, cwd=ROOT, check=False, **how)
+    argv, env = [sys.executable, *map(str, argv)], os.environ | environment
+    done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True)
     run = train_pvs.Run(out)
     if not run.scores.exists():  # the status is 1 also where the epochs taught nothing
         raise RuntimeError(f"a run ended early: {done.stderr.strip()[-500:]}")
