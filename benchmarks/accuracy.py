@@ -5,16 +5,15 @@
 
 Every run is the script's own, `train_pvs.main`, with networks and patches that a CPU trains in
 minutes; nnU-Net, where it is installed, is run by `nnunet.py`. A row is runs of several seeds, on
-the same heads and the same split. What is done is kept in the folder --work and not done again.
-`docs/accuracy.md` is written after every run, with all rows whose seeds are done, asked for or not.
+the same heads and the same split. What is done is kept in the folder --work and not done again; a
+run that was interrupted goes on. `docs/accuracy.md` is written after every run, with all rows whose
+seeds are done, asked for or not.
 """
 
 import argparse
 import importlib.util
 import json
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,64 +24,46 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train_pvs  # noqa: E402
 
-SHAPE, SPACING = (128, 160, 64), 0.8  # voxels, mm
+SPACING = 0.8  # mm
 # Of PVS: 1.6 mm at the median, 0.9 to 3 mm, in voxels; half are at most two voxels wide.
 DIAMETERS = (2.0, 0.25, 1.1, 3.75)
-PARTS = {"train": 12, "val": 1, "test": 4}  # heads
 COMMON = (  # what makes a run small, the same for all rows
-    "--encoder-name efficientnet-b0 --encoder-weights none --encoder-depth 3 "
+    "--encoder-name efficientnet-b0 --encoder-weights none --encoder-depth 3 --decoder-width 16 "
     "--img-patch-size 48 48 48 --batch-size 1 --crops-per-volume 2 --batchnorm-momentum 0.1 "
     "--head-bias-log-odds --val-every 1000000 --sw-overlap 0.25 --num-workers 1"
 )
-NATIVE = "--recipe native --decoder-width 16"
-PLAIN = f"{NATIVE} --ema-decay 0 --no-tta-flips --no-tune-decision"
-# Name: (what it is; flags of train_pvs.py, or the channels of nnU-Net's network, 0 as it plans; the
-# row that it is compared with). A row that resumes tests the weights of that other row anew.
+NNUNET = "nnU-Net, 16 channels"
+# Name: what it is, flags of train_pvs.py, the row that it is compared with. A row that evaluates
+# tests the weights of the row named fourth anew.
 ROWS = {
     "published": ("UNet++ on a 1.5 mm grid", "--recipe published", "native"),
-    "published, soft": (
-        "trained on the part of each voxel that is PVS",
-        "--recipe published --label-resampling soft",
-        "published",
+    "published, own grid": (
+        "UNet++ on the scans' own grid",
+        "--recipe published --pix-dim 0 0 0",
+        "plain",
     ),
     "native": (
-        "DynUNet on the scans' own grid, averaged, mirrored and tuned as below",
-        NATIVE,
+        "DynUNet on the scans' own grid, averaged and mirrored as below",
+        "--recipe native",
         "plain",
     ),
-    "plain": ("native without these three", PLAIN, "native"),
-    "plain, averaged": ("moving average of the weights", f"{PLAIN} --ema-decay 0.95", "plain"),
-    "plain, mirrored": (
-        "mean of eight mirrored views of a head",
-        f"{PLAIN} --tta-flips --resume",
+    "plain": ("native without these two", "--recipe native --ema-decay 0 --no-tta-flips", "native"),
+    "plain, averaged": (
+        "native without mirrored views: moving average of the weights",
+        "--evaluate --no-tta-flips",
         "plain",
-    ),
-    "plain, tuned": (
-        "threshold and smallest PVS chosen on the validation head",
-        f"{PLAIN} --tune-decision --resume",
-        "plain",
-    ),
-    "plain, shifted": (
-        "patches up to a quarter of their size off their PVS voxel",
-        f"{PLAIN} --crop-shift 0.25",
-        "plain",
-    ),
-    "plain, UNet++": (
-        "UNet++ on the scans' own grid",
-        f"{PLAIN} --architecture unetplusplus",
-        "plain",
-    ),
-    "plain, 1.5 mm": ("DynUNet on a 1.5 mm grid", f"{PLAIN} --pix-dim 1.5 1.5 1.5", "plain"),
-    "nnU-Net": (
-        "nnU-Net v2, its own plan cut to 2 patches of 48 x 48 x 48 a step, learning rate over "
-        "these minutes, no mirroring; epochs of 5 steps",
-        0,
         "native",
     ),
-    "nnU-Net, 16 channels": (
+    "plain, mirrored": (
+        "native without the average: mean of eight mirrored views of a head",
+        "--evaluate --tta-flips",
+        "plain",
+        "plain",
+    ),
+    NNUNET: (
         "nnU-Net v2, its own plan cut to 2 patches of 48 x 48 x 48 a step and to half its "
         "channels, learning rate over these minutes, no mirroring; epochs of 5 steps",
-        16,
+        "",
         "native",
     ),
 }
@@ -96,22 +77,28 @@ SCORES = {  # title of the column: key of a head's row of the test scores
 COMPARED = ("native_dice", "lesion_f1_any")
 
 
-def make_heads(folder):
+def write_json(path, content):
+    """Write a JSON file."""
+    train_pvs.write_file(path, json.dumps(content, indent=2) + "\n")
+
+
+def make_heads(options):
     """Make the simulated data set, laid out as ds005595, and its split, unless they are there."""
+    folder = options.work / "data"
     marker = folder / "dataset_description.json"
     if marker.exists():
         return
-    names = [f"sub-{number:03d}" for number in range(1, 1 + sum(PARTS.values()))]
+    names = [f"sub-{number:03d}" for number in range(1, 1 + sum(options.heads))]
     for number, name in enumerate(names):
         print(f"simulating {name}", flush=True)
         rng = np.random.default_rng([7, number])
-        volumes = train_pvs.simulate_head(rng, SHAPE, DIAMETERS)
+        volumes = train_pvs.simulate_head(rng, tuple(options.shape), DIAMETERS)
         train_pvs.write_head(folder, name, volumes, SPACING)
-    ends = np.cumsum([0, *PARTS.values()])
-    parts = {part: names[a:b] for part, a, b in zip(PARTS, ends[:-1], ends[1:], strict=True)}
-    train_pvs.write_json(folder / "split.json", parts)
+    train, val, _ = np.cumsum(options.heads)
+    split = {"train": names[:train], "val": names[train:val], "test": names[val:]}
+    write_json(folder / "split.json", split)
     name = "Simulated heads with thin perivascular spaces"
-    train_pvs.write_json(marker, {"Name": name, "BIDSVersion": "1.9.0"})
+    write_json(marker, {"Name": name, "BIDSVersion": "1.9.0"})
 
 
 def has_nnunet():
@@ -121,50 +108,47 @@ def has_nnunet():
 
 def run_folder(row, seed, options):
     """Return the folder of a run."""
-    name = f"{row} {seed} {options.minutes:g} minutes"
-    return options.work / name.replace(", ", "-").replace(" ", "-")
+    return options.work / f"{row} {seed}".replace(", ", "-").replace(" ", "-")
 
 
 def run(row, seed, options):
     """Train and test a row with a seed."""
-    out, (_, flags, other) = run_folder(row, seed, options), ROWS[row]
-    if isinstance(flags, int):
+    out, (_, flags, _, *trained) = run_folder(row, seed, options), ROWS[row]
+    if row == NNUNET:
         import nnunet
 
-        nnunet.run(out, seed, options.minutes, options.work, channels=flags)
+        nnunet.run(out, seed, options)
         return
-    flags = [*COMMON.split(), *flags.split(), "--max-minutes", str(options.minutes)]
-    if "--resume" in flags:
-        trained = run_folder(other, seed, options)
-        if not read_run(trained):
-            run(other, seed, options)
-        if not read_run(trained):
-            return
-        shutil.rmtree(out, ignore_errors=True)
-        without = shutil.ignore_patterns("comprehensive_test_metrics.json")  # it means: done
-        shutil.copytree(trained, out, ignore=without)
+    places = {"--data-dir": options.work / "data", "--cache-dir": options.work / "cache"}
+    places["--output-dir"] = out
+    if trained:
+        weights = train_pvs.Run(run_folder(trained[0], seed, options)).best
+        if not read_run(trained[0], seed, options):
+            run(trained[0], seed, options)
+        flags = ["--overwrite", *flags.split(), "--checkpoint", weights]
     else:
-        flags.append("--overwrite")
-    flags += ["--data-dir", str(options.work / "data"), "--output-dir", str(out)]
-    flags += ["--cache-dir", str(options.work / "cache"), "--seed", str(seed)]
-    flags += ["--split", str(options.work / "data" / "split.json")]
-    subprocess.run([sys.executable, str(ROOT / "train_pvs.py"), *flags], check=False)
+        places |= {"--split": options.work / "data" / "split.json", "--seed": seed}
+        places["--max-minutes"] = options.minutes
+        begun = train_pvs.Run(out).last.exists()
+        flags = ["--resume" if begun else "--overwrite", *COMMON.split(), *flags.split()]
+    flags += [word for place in places.items() for word in place]
+    train_pvs.main(list(map(str, flags)))
 
 
-def read_run(out):
+def read_run(row, seed, options):
     """Return a run's rows of its subjects, its grid and number of epochs; None: it is not done."""
-    scores = out / "logs" / "comprehensive_test_metrics.json"
-    if not scores.exists():
+    done = train_pvs.Run(run_folder(row, seed, options))
+    if not done.scores.exists():
         return None
-    content = json.loads(scores.read_text())
-    history = json.loads((out / "logs" / "training_history.json").read_text())
-    return content["subjects"], content["grid"], len(history)
+    content, trained = json.loads(done.scores.read_text()), ROWS.get(row, ())[3:]
+    history = train_pvs.Run(run_folder(trained[0] if trained else row, seed, options)).history
+    return content["subjects"], content["grid"], len(json.loads(history.read_text()))
 
 
 def read_rows(options):
     """Return {row: {seed: run}} of the rows of which all seeds are done."""
     seeds = range(1, 1 + options.seeds)
-    rows = {row: {seed: read_run(run_folder(row, seed, options)) for seed in seeds} for row in ROWS}
+    rows = {row: {seed: read_run(row, seed, options) for seed in seeds} for row in ROWS}
     return {row: runs for row, runs in rows.items() if all(runs.values())}
 
 
@@ -197,10 +181,10 @@ def compare(runs, base, key):
     return f"{gains.mean():+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def write_table(path, results, options):
+def write_table(results, options):
     """Write the table of all runs so far."""
-    heads = ", ".join(f"{count} {part}" for part, count in PARTS.items())
-    shape = " x ".join(map(str, SHAPE))
+    heads = "{} train, {} val, {} test".format(*options.heads)
+    shape = " x ".join(map(str, options.shape))
     lines = [
         "# Recipes compared on simulated PVS",
         "",
@@ -211,42 +195,52 @@ def write_table(path, results, options):
         "table, and `nnunet.py` beside it. Scores are means over the test heads and seeds, with "
         "the 95 % bootstrap interval over these pairs, which are not independent, all on the "
         "**native grid**. Round trip: what the grid alone leaves of a perfect mask. Differences "
-        "are paired: the same heads and seeds.",
+        "are paired: the same heads and seeds. nnU-Net is made for a thousand epochs; its row says "
+        "only what these minutes give.",
         "",
         f"| recipe | trained on | {' | '.join(SCORES)} | compared with | native Dice, difference | "
         "lesion F1, difference | epochs |",
         "| --- | --- | " + " | ".join("---" for _ in SCORES) + " | --- | --- | --- | --- |",
     ]
     lines += [describe_row(row, results) for row in results]
-    train_pvs.write_file(path, "\n".join(lines) + "\n")
+    train_pvs.write_file(options.output, "\n".join(lines) + "\n")
+
+
+def parse(parser, argv):
+    """Return the options; what runs of other sizes did lies in other folders below --work."""
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=4)
+    parser.add_argument("--shape", type=int, nargs=3, default=(128, 160, 64), help="of heads")
+    text = "how many to train, validate, test"
+    parser.add_argument("--heads", type=int, nargs=3, default=(12, 1, 4), help=text)
+    parser.add_argument("--work", type=Path, default=Path("outputs_accuracy"))
+    options = parser.parse_args(argv)
+    size = ("x".join(map(str, options.shape)), *options.heads, f"{options.minutes:g}min")
+    options.work /= "-".join(map(str, size))
+    return options
 
 
 def main(argv=None):
     """Make the data, train what has not been, write the table; return the status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    rows = [row for row, (_, flags, _) in ROWS.items() if isinstance(flags, str) or has_nnunet()]
+    rows = [row for row in ROWS if row != NNUNET or has_nnunet()]
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=rows)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=4)
-    parser.add_argument("--work", type=Path, default=Path("outputs_accuracy"))
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "accuracy.md")
-    options = parser.parse_args(argv)
+    options = parse(parser, argv)
     if not set(options.rows) <= set(rows):
         print(NO_NNUNET, file=sys.stderr)
         return 2
-    make_heads(options.work / "data")
+    make_heads(options)
     for seed in range(1, 1 + options.seeds):
         for row in options.rows:
-            out = run_folder(row, seed, options)
-            if not read_run(out):
+            if not read_run(row, seed, options):
                 run(row, seed, options)
-            if not read_run(out):
-                print(
-                    f"{out}: expected scores, found none; see what was said above", file=sys.stderr
-                )
+            if not read_run(row, seed, options):
+                told = f"{run_folder(row, seed, options)}: expected scores, found none"
+                print(f"{told}; see what was said above", file=sys.stderr)
                 return 1
             if results := read_rows(options):
-                write_table(options.output, results, options)
+                write_table(results, options)
     print(options.output.read_text())
     return 0
 

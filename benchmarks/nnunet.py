@@ -2,7 +2,7 @@
 
     pip install nnunetv2                               into the environment of requirements.txt
     python benchmarks/nnunet.py                        3 seeds, 4 minutes each
-    python benchmarks/accuracy.py --rows nnU-Net       the same, and writes docs/accuracy.md
+    python benchmarks/accuracy.py --rows "nnU-Net, 16 channels"   the same, and writes the table
 
 nnU-Net (Isensee et al. 2021, 10.1038/s41592-020-01008-z) plans and preprocesses by itself
 (3d_fullres), once; time for that does not count. Network, loss, deep supervision, optimizer,
@@ -13,12 +13,13 @@ sampling, augmentation and sliding window are its own. What differs, for minutes
 - The learning rate falls over the minutes, as it otherwise does over 1000 epochs, and the clock
   ends the training. Data loading counts. There is no validation.
 - No mirroring, in training and in tests: --mirroring changes that.
-- --channels 16 halves the network, as accuracy.py halves the recipe native.
+- --channels 16, the default, halves the network, as accuracy.py halves the recipe native.
 
 What is done is kept in the folder --work and not done again.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -59,16 +60,16 @@ def set_folders(work, results):
 def lay_out(cases, split, raw):
     """Copy the heads that are not for the test to where nnU-Net expects them, with its split."""
     parts = {part: split[part] for part in ("train", "val")}
-    known = [case for case in cases if case["subject"] in (*parts["train"], *parts["val"])]
+    known = [case for case in cases if case.subject in (*parts["train"], *parts["val"])]
     for case in known:
-        copies = {"image": f"imagesTr/{case['name']}_0000", "label": f"labelsTr/{case['name']}"}
+        copies = {"image": f"imagesTr/{case.name}_0000", "label": f"labelsTr/{case.name}"}
         for key, copy in copies.items():
             (raw / copy).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(case[key], raw / f"{copy}.nii.gz")
-    train_pvs.write_json(raw / "splits_final.json", [parts])
+            shutil.copyfile(getattr(case, key), raw / f"{copy}.nii.gz")
+    accuracy.write_json(raw / "splits_final.json", [parts])
     content = {"channel_names": {"0": "T2w"}, "labels": {"background": 0, "PVS": 1}}
     content |= {"numTraining": len(known), "file_ending": ".nii.gz"}
-    train_pvs.write_json(raw / "dataset.json", content)
+    accuracy.write_json(raw / "dataset.json", content)
 
 
 def prepare(cases, split, raw, preprocessed):
@@ -83,7 +84,7 @@ def prepare(cases, split, raw, preprocessed):
         api.extract_fingerprint_dataset(1, num_processes=1, verbose=False, **quiet)
         plans, name = api.plan_experiment_dataset(1)
         api.preprocess_dataset(1, name, (CONFIGURATION,), (1,), **quiet)
-        train_pvs.write_json(kept, plans)
+        accuracy.write_json(kept, plans)
     return json.loads(kept.read_text()), json.loads((raw / "dataset.json").read_text())
 
 
@@ -216,55 +217,57 @@ def build_predictor(trainer):
 def test_case(predictor, case, out):
     """Segment a scan, write its mask, return its row of scores."""
     reader = predictor.plans_manager.image_reader_writer_class()
-    image, properties = reader.read_images([case["image"]])  # (1, Z, Y, X)
+    image, properties = reader.read_images([case.image])  # (1, Z, Y, X)
     pred = predictor.predict_single_npy_array(image, properties).transpose(2, 1, 0) > 0
-    label = np.asarray(nib.load(case["label"]).dataobj) > 0
-    name = f"{case['name']}_label-PVS_desc-nnUNet_mask.nii.gz"
-    train_pvs.write_nifti(out / "predictions" / name, pred.astype(np.uint8), case["image"])
-    affine = torch.from_numpy(nib.load(case["image"]).affine)
+    label = np.asarray(nib.load(case.label).dataobj) > 0
+    name = f"{case.name}_label-PVS_desc-nnUNet_mask.nii.gz"
+    train_pvs.write_nifti(out / "predictions" / name, pred.astype(np.uint8), case.image)
+    affine = torch.from_numpy(nib.load(case.image).affine)
     # All scans have the grid that nnU-Net plans for, so that a perfect mask loses nothing.
-    entry = {"native_affine": affine, "label": torch.from_numpy(label)[None], "roundtrip_dice": 1.0}
-    return train_pvs.score_case(case, entry, pred, pred, label)
+    entry = {"native_affine": affine, "label": torch.from_numpy(label)[None]}
+    return train_pvs.score_case(
+        dataclasses.replace(case, roundtrip_dice=1.0), entry, pred, pred, label
+    )
 
 
 def write_results(out, rows, trainer, plan, planned):
     """Write history and scores where accuracy.py reads them; the scores, last, mean: done."""
-    version = importlib.metadata.version("nnunetv2")
     told = describe_plan(plan) | {
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
         "iterations": len(trainer.steps),
         "minutes": trainer.steps[-1][-1] / 60,
         "mirroring": trainer.mirroring,
-        "nnunetv2": version,
+        "nnunetv2": importlib.metadata.version("nnunetv2"),
         "planned": describe_plan(planned),
     }
-    content = {"grid": f"grid of nnU-Net's plan, {train_pvs.spacing_words(plan['spacing'])}"}
-    content |= {"plan": told, "subjects": rows}
-    content["versions"] = train_pvs.package_versions() | {"nnunetv2": version}
-    train_pvs.write_json(out / "logs" / "training_history.json", list_epochs(trainer.steps))
-    train_pvs.write_json(out / "logs" / "comprehensive_test_metrics.json", content)
+    grid = " x ".join(f"{mm:g}" for mm in plan["spacing"])
+    content = {"grid": f"grid of nnU-Net's plan, {grid} mm", "plan": told, "subjects": rows}
+    done = train_pvs.Run(out)
+    accuracy.write_json(done.history, list_epochs(trainer.steps))
+    accuracy.write_json(done.scores, content)
 
 
-def run(out, seed, minutes, work, mirroring=False, channels=0):
+def run(out, seed, options, mirroring=False, channels=16):
     """Train and test with a seed; scores, masks and nnU-Net's own words go to the folder `out`."""
     (out / "logs").mkdir(parents=True, exist_ok=True)
     log = out / "logs" / "nnunet.log"
     with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        raw, preprocessed = set_folders(work, out / "nnunet")
-        cases = train_pvs.find_cases(train_pvs.Config(DATA_DIR=str(work / "data")))
-        split = json.loads((work / "data" / "split.json").read_text())
+        raw, preprocessed = set_folders(options.work, out / "nnunet")
+        data = options.work / "data"
+        cases = train_pvs.find_cases(train_pvs.Config(DATA_DIR=str(data)))
+        split = json.loads((data / "split.json").read_text())
         tell(f"nnU-Net, seed {seed}: {out}")
         plans, data_set = prepare(cases, split, raw, preprocessed)
         planned = plans["configurations"][CONFIGURATION]
         plan = cut_plan(planned, *find_stages(planned), channels)
         plans["configurations"][CONFIGURATION] = plan
-        trainer = build_trainer(plans, data_set, seed, minutes, mirroring)
+        trainer = build_trainer(plans, data_set, seed, options.minutes, mirroring)
         trainer.run_training()
         predictor, rows = build_predictor(trainer), []
         for case in cases:
-            if case["subject"] in split["test"]:
+            if case.subject in split["test"]:
                 rows.append(test_case(predictor, case, out))
-                tell(f"{case['name']}   native Dice {rows[-1]['native_dice']:.4f}")
+                tell(f"{case.name}   native Dice {rows[-1]['native_dice']:.4f}")
         write_results(out, rows, trainer, plan, planned)
 
 
@@ -276,25 +279,22 @@ def tell(words):
 def main(argv=None):
     """Make the data, train and test with each seed unless that is done; return the status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=4)
-    parser.add_argument("--work", type=Path, default=Path("outputs_accuracy"))
     told = "in training and tests, as nnU-Net does; such runs have no row in the table"
     parser.add_argument("--mirroring", action="store_true", help=told)
     told = "of the first stage, the others in proportion; 0: as planned, 32"
-    parser.add_argument("--channels", type=int, default=0, help=told)
-    options = parser.parse_args(argv)
+    parser.add_argument("--channels", type=int, default=16, help=told)
+    options = accuracy.parse(parser, argv)
     if not accuracy.has_nnunet():
         print(accuracy.NO_NNUNET, file=sys.stderr)
         return 2
-    accuracy.make_heads(options.work / "data")
+    accuracy.make_heads(options)
     row = "nnU-Net" + options.mirroring * ", mirroring"
     row += f", {options.channels} channels" if options.channels else ""
     for seed in range(1, 1 + options.seeds):
         out = accuracy.run_folder(row, seed, options)
-        if not accuracy.read_run(out):
-            run(out, seed, options.minutes, options.work, options.mirroring, options.channels)
-        dices = [subject["native_dice"] for subject in accuracy.read_run(out)[0]]
+        if not accuracy.read_run(row, seed, options):
+            run(out, seed, options, options.mirroring, options.channels)
+        dices = [subject["native_dice"] for subject in accuracy.read_run(row, seed, options)[0]]
         print(f"{row}, seed {seed}: mean native Dice {np.mean(dices):.4f}; {out}")
     return 0
 

@@ -6,14 +6,17 @@
     python benchmarks/speed.py --only inference --checkpoint best_model.pth   of a trained network
 
 A row compares an A with a B, measured in turn: A, B, A, B. The file is written anew with every row,
-so that a run that is interrupted keeps what it has measured.
+so that a run that is interrupted keeps what it has measured. Other machines' rows in it stay; so do
+this one's other sections, where versions and sizes are the same.
 """
 
 import argparse
+import importlib.metadata
 import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -22,14 +25,15 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai import transforms as mt
@@ -37,82 +41,70 @@ from monai.data import Dataset, list_data_collate
 from monai.inferers import sliding_window_inference
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import train_pvs
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import train_pvs  # noqa: E402
 
 HEADS, HEAD_MM = 4, 0.8  # the last head is for validation
 FIELD = (1, 0.9, 0.8)  # of a scan's sides that the head's box takes; air is behind and below
-SMALL_HEADS, SMALL_SHAPE = 40, (48, 56, 48)  # of 1 mm, where only growth is of interest
-SMALL = {"PIX_DIM": (1, 1, 1), "IMG_PATCH_SIZE": (32, 32, 32), "ENCODER_DEPTH": 3}
-STEP_PATCH = (64, 64, 64)
-WANTED, WORKERS = 20, 8  # patches a second that loading should give; processes that load
-NO_GPU = "not run: no GPU here"
-GPU_ROWS = {  # by section, what a machine with a GPU would measure on it
-    "epoch": ("an epoch on a GPU, s", ("pipeline", "plain loop")),
-    "step": ("a step on a GPU: s, MB", ("autocast, channels-last, fused AdamW", "each one off")),
-    "recipes": ("a step of 8 patches on a GPU: s, MB", ("autocast", "float32")),
-    "inference": ("whole head on a GPU, s", ("pipeline", "plain, and each ingredient off")),
+SMALL_SHAPE = (48, 56, 48)  # voxels of 1 mm, where only growth is of interest
+SMALL = "--encoder-name efficientnet-b0 --encoder-weights none --encoder-depth 3 --num-workers 0 "
+SMALL += "--img-patch-size 32 32 32 --pix-dim 1 1 1 --device cpu"
+EPOCH, PEAK = "an epoch, s a head", "peak memory of a run, GB"
+PACKAGES = ("torch", "monai", "segmentation_models_pytorch_3d", "numpy")
+LAYOUTS = {  # name: what takes the place of `network_input`
+    "channels-last": lambda x, device, _: x.to(device, memory_format=torch.channels_last_3d),
+    "contiguous": lambda x, device, _: x.to(device),
 }
-
-# -------------------------------------------------------------------------------------- The report
-
-
-def median_ratio(pairs):
-    """Return the median, smallest and largest of b / a over pairs (a, b)."""
-    ratios = [b / a for a, b in pairs]
-    return statistics.median(ratios), min(ratios), max(ratios)
-
-
-def number_words(number):
-    """Return a number with three digits, or all before the point."""
-    return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.3g}"
-
-
-def header_text(scans, device, network):
-    """Return the head of the report: what all of its numbers depend on."""
-    lines, cfg = Path("/proc/cpuinfo").read_text().splitlines(), train_pvs.Config()
-    model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
-    on_cpu, here = (train_pvs.autocast_dtype(d, cfg) for d in (torch.device("cpu"), device))
-    native = "native" if on_cpu == torch.bfloat16 else "emulated, so not used"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    versions = ", ".join(map(" ".join, train_pvs.package_versions().items()))
-    return f"""# Speed and memory, measured
+INTRODUCTION = """# Speed and memory, measured
 
 A and B of a row were measured in turn (A, B, A, B, ..); their columns hold medians. B / A is the
 median of the pairs' ratios, with their range: how many times as long, or as much, B takes.
-
-- Processor: {model}, {os.cpu_count()} cores, bfloat16 {native}; GPU: {gpu}
-- Measured on: {device.type}; the pipeline's arithmetic there: {str(here).removeprefix("torch.")}
-- Versions: {versions}
-- Scans: {scans}
-- Network: {network}
 """
 
 
-class Report:
-    """The markdown file; sections of an earlier run stay where its head was the same."""
+def describe(options):
+    """Return the head of a machine's part of the file: all that its numbers depend on."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    place = f"{found[1].strip() if found else 'unknown processor'}, {os.cpu_count()} cores"
+    if options.device == "cuda":
+        place = f"{torch.cuda.get_device_name()}, on {place}"
+    dtype = train_pvs.autocast_dtype(torch.device(options.device), train_pvs.Config())
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    scans = f"simulated heads, {' x '.join(map(str, options.shape))} voxels of {HEAD_MM} mm, "
+    scans += f"{1 - math.prod(FIELD):.0%} of them air"
+    if options.data_dir:
+        scans = f"the first {HEADS} of {Path(options.data_dir).resolve().name}"
+    return f"""## {place}
 
-    def __init__(self, path, header, command):
-        self.path, self.header, self.command = Path(path), header, command
-        self.name, self.rows, self.facts, self.texts = "", [], [], {}
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        if text.startswith(header):
-            parts = text.split("\n## ")[1:]
-            self.texts = {part.split(":")[0]: f"## {part.rstrip()}\n" for part in parts}
+- Arithmetic: {str(dtype).removeprefix("torch.")}; versions: {versions}
+- Scans: {scans}
+- Patches: {options.patches[0]}^3 in training, {options.patches[1]}^3 in inference
+- Network: UNet++ over efficientnet-b0, random weights, where no other is named
+"""
 
-    def begin(self, name):
-        """Begin a section, in place of an earlier one of that name."""
-        print(f"\n{name}")
-        self.name, self.rows, self.facts = name, [], []
+
+class Bench:
+    """The command's options and the markdown file."""
+
+    def __init__(self, options, command):
+        self.options, self.command, self.head = options, command, describe(options)
+        self.device, self.path = torch.device(options.device), Path(options.output)
+        self.sections, title = {}, self.head.split("\n")[0]
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else INTRODUCTION
+        self.introduction, *parts = re.split(r"^(?=## )", text, flags=re.M)
+        self.others = [part for part in parts if part.split("\n")[0] != title]
+        for part in parts:
+            if part.startswith(self.head):
+                for section in re.split(r"^(?=### )", part, flags=re.M)[1:]:
+                    self.sections[section[4:].split(":")[0]] = section
 
     def add(self, what, names, pairs):
-        """Add a row: names of A and B, pairs of numbers, or a sentence on why there are none."""
-        cells = ["-", "-", pairs, "-"]
-        if not isinstance(pairs, str):
-            middle, low, high = map(number_words, median_ratio(pairs))
-            cells = [number_words(statistics.median(side)) for side in zip(*pairs, strict=True)]
-            count = train_pvs.count_words(len(pairs), "pair")
-            cells += [f"**{middle}**", f"{low} to {high}, {count}"]
+        """Add a row: names of A and B, pairs of numbers."""
+        ratios = [b / a for a, b in pairs]
+        cells = [f"{statistics.median(side):.3g}" for side in zip(*pairs, strict=True)]
+        cells += [f"**{statistics.median(ratios):.3g}**", f"{min(ratios):.3g} to {max(ratios):.3g}"]
+        cells[-1] += f", {len(ratios)} pair{'s' if len(ratios) > 1 else ''}"
         self.rows.append(f"| {' | '.join([what, *names, *cells])} |")
         print(f"  {self.rows[-1]}", flush=True)
         self.write()
@@ -127,340 +119,206 @@ class Report:
         """Write the file with what there is so far."""
         title = SECTIONS[self.name].__doc__.split("\n")[0].removeprefix("Measure ").rstrip(".")
         table = ["| measured | A | B | A | B | B / A | range |", "|---" * 7 + "|", *self.rows]
-        facts = ["", *self.facts] if self.facts else []
-        lines = [f"## {self.name}: {title}", "", *(table if self.rows else []), *facts]
-        origin = f"Measured on {date.today()} by `{self.command}`.\n"
-        self.texts[self.name] = "\n".join([*lines, "", origin])
-        parts = [self.texts[name] for name in SECTIONS if name in self.texts]
-        train_pvs.write_file(self.path, "\n".join([self.header, *parts]))
+        origin = f"Measured on {date.today()} by `{self.command}`."
+        blocks = [f"### {self.name}: {title}", "\n".join(table), "\n".join(self.facts), origin]
+        self.sections[self.name] = "\n\n".join(filter(None, blocks))
+        parts = [self.sections[name] for name in SECTIONS if name in self.sections]
+        parts = [self.introduction, self.head, *parts, *self.others]
+        train_pvs.write_file(self.path, "\n\n".join(part.strip() for part in parts) + "\n")
 
+    def compare(self, what, sides, warm_up=False):
+        """Call two works, {name: work}, in turn, and add the row of their seconds.
 
-# --------------------------------------------------------------------------- Heads and measurements
+        A work that returns {what: number} adds those rows instead. With `warm_up` a first call of
+        each does not count.
+        """
+        pairs = []
+        for number in range(-warm_up, self.options.pairs):
+            pair = []
+            for work in sides.values():
+                start, result = time.perf_counter(), work()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+                pair.append(result if isinstance(result, dict) else {what: seconds})
+            pairs += [pair] * (number >= 0)
+            print(f"  {what}: {len(pairs)} of {self.options.pairs} pairs", flush=True)
+        for row in pairs[0][0]:
+            self.add(row, sides, [(a[row], b[row]) for a, b in pairs])
 
+    def compare_autocast(self, what, make_work, cfg, warm_up=False):
+        """Add the row of autocast, unless the pipeline does without it here."""
+        if train_pvs.autocast_dtype(self.device, cfg) != torch.float32:
+            sides = {"autocast": cfg, "float32": replace(cfg, AMP=False)}
+            self.compare(what, {name: make_work(cfg) for name, cfg in sides.items()}, warm_up)
 
-@dataclass
-class Bench:
-    """What the sections share."""
+    def compare_layouts(self, what, work, warm_up=False):
+        """Add the row of the memory layouts."""
 
-    folder: Path  # for simulated heads, caches and results
-    data_dir: Path  # BIDS
-    pairs: int
-    device: torch.device
-    report: Report
-    checkpoint: str = ""  # of the network whose inference is measured; empty: random weights
+        def work_in(layout):
+            with mock.patch.object(train_pvs, "network_input", layout):
+                work()
 
+        layouts = {name: partial(work_in, layout) for name, layout in LAYOUTS.items()}
+        self.compare(what, layouts, warm_up)
 
-def simulate_scan(rng, shape, field):
-    """Return a simulated head and its mask (X, Y, Z), in air where `field` leaves room."""
-    inner = [round(part * side) for part, side in zip(field, shape, strict=True)]
-    image, label = train_pvs.simulate_head(rng, tuple(inner))
-    air = rng.rayleigh(image[:4, :4, :4].mean() / math.sqrt(math.pi / 2), shape)
-    place = tuple(slice(side - part, side) for part, side in zip(inner, shape, strict=True))
-    scan, mask = air.astype(image.dtype), np.zeros(shape, label.dtype)
-    scan[place], mask[place] = image, label
-    return scan, mask
+    def settings(self, spacing=1.5, side=None, **overrides):
+        """Return the Config of a measurement; `spacing` in mm, `side` of a patch in voxels."""
+        folder, side = Path(self.options.work), side or self.options.patches[1]
+        base = {"DATA_DIR": str(self.options.data_dir), "OUTPUT_DIR": str(folder / "out")}
+        base |= {"CACHE_DIR": str(folder / "cache"), "DEVICE": self.device.type}
+        base |= {"ENCODER_NAME": "efficientnet-b0", "ENCODER_WEIGHTS": "none"}
+        base |= {"PIX_DIM": (spacing,) * 3, "IMG_PATCH_SIZE": (side,) * 3}
+        return replace(train_pvs.Config(), **base | overrides)
 
 
 def make_heads(folder, count, shape, spacing, field=(1, 1, 1)):
-    """Write simulated heads as a BIDS data set, unless they are there; return its folder."""
+    """Write simulated heads as a BIDS data set, unless they are there; return its folder.
+
+    They take `field` of a scan's sides; the rest is air.
+    """
     for number in range(count):
         subject = f"sub-{number + 1:03d}"
         if any(folder.glob(f"derivatives/mask/{subject}/*")):  # the mask is written last
             continue
-        volumes = simulate_scan(np.random.default_rng([123, number]), tuple(shape), field)
-        train_pvs.write_head(folder, subject, volumes, spacing)
-        print(f"simulated {subject} of {folder.name}", flush=True)
+        rng = np.random.default_rng([123, number])
+        inner = tuple(round(part * side) for part, side in zip(field, shape, strict=True))
+        image, label = train_pvs.simulate_head(rng, inner)
+        air = rng.rayleigh(image[:4, :4, :4].mean() / math.sqrt(math.pi / 2), shape)
+        scan, mask = air.astype(image.dtype), np.zeros(shape, label.dtype)
+        place = tuple(slice(-side, None) for side in inner)
+        scan[place], mask[place] = image, label
+        train_pvs.write_head(folder, subject, (scan, mask), spacing)
     return folder
 
 
-def settings(bench, spacing=1.5, **overrides):
-    """Return the Config of a measurement with a working grid of that spacing (mm)."""
-    base = {"DATA_DIR": str(bench.data_dir), "OUTPUT_DIR": str(bench.folder / "out")}
-    base |= {"CACHE_DIR": str(bench.folder / "cache"), "DEVICE": bench.device.type}
-    base |= {"ENCODER_NAME": "efficientnet-b0", "ENCODER_WEIGHTS": "none"}
-    return replace(train_pvs.Config(), **base | {"PIX_DIM": (spacing,) * 3} | overrides)
-
-
-def prepare_heads(cfg, count=HEADS):
+def prepare_heads(cfg):
     """Return the first cases, prepared."""
-    return train_pvs.prepare_cases(train_pvs.find_cases(cfg)[:count], cfg)
+    return train_pvs.prepare_cases(train_pvs.find_cases(cfg)[:HEADS], cfg)
 
 
-def prepare_small_heads(bench, **overrides):
-    """Return the small heads, prepared, and their Config; all work in one process."""
-    folder = make_heads(bench.folder / "small", SMALL_HEADS, SMALL_SHAPE, 1)
-    cfg = settings(bench, DATA_DIR=str(folder), NUM_WORKERS=0, **SMALL | overrides)
-    return prepare_heads(cfg, SMALL_HEADS), cfg
+def build_model(cfg):
+    """Return a network of random weights on its device."""
+    return train_pvs.build_model(cfg, pretrained=False).to(cfg.DEVICE)
 
 
-def seconds_of(work, device):
-    """Return how long a call takes, until a GPU has done its part too."""
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+class Watched:
+    """A loader, or a list of batches, that notes how many seconds its user waits for batches."""
+
+    def __init__(self, batches):
+        self.batches, self.waited = batches, 0.0
+        self.batch_sampler = getattr(batches, "batch_sampler", SimpleNamespace())
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        start = time.perf_counter()
+        for batch in self.batches:
+            self.waited += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
 
 
-def compare(bench, what, sides, warm_up=False):
-    """Call two works in turn and add the row of their seconds; return the pairs.
-
-    `sides`: {name: work}. A work that returns {what: number} adds those rows in place of its
-    seconds. With `warm_up` a first call of each does not count.
-    """
-    results = []
-    for number in range(-warm_up, bench.pairs):
-        start, pair = time.perf_counter(), []
-        for work in sides.values():
-            returned = []
-            seconds = seconds_of(lambda w=work, r=returned: r.append(w()), bench.device)
-            pair.append(returned[0] if isinstance(returned[0], dict) else {what: seconds})
-        results += [pair] if number >= 0 else []
-        name = f"pair {number + 1} of {bench.pairs}" if number >= 0 else "warm-up"
-        print(f"  {what}, {name}: {time.perf_counter() - start:.1f} s", flush=True)
-    for row in results[0][0]:
-        bench.report.add(row, sides, [(a[row], b[row]) for a, b in results])
-    return results
-
-
-def keep_pipeline_quiet():
-    """Keep the pipeline's own messages and warnings off the screen."""
-    train_pvs.log.setLevel(logging.ERROR)
-
-
-def in_fresh_process(work, *arguments):
-    """Return what a call returns in a process that has done nothing before."""
-    context = {"mp_context": get_context("spawn"), "initializer": keep_pipeline_quiet}
-    with ProcessPoolExecutor(1, **context) as pool:
-        return pool.submit(work, *arguments).result()
-
-
-# ----------------------------------------------------------------------------------- Epoch and step
-
-
-def plain_loader(cases, cfg, training):
+def plain_loader(cases, cfg, training, workers=0):
     """Return a loader that does all anew from the files in every epoch, and gives MetaTensors."""
-    both, size = train_pvs.BOTH, {"spatial_size": cfg.IMG_PATCH_SIZE}
+    both, size = ("image", "label"), {"spatial_size": cfg.IMG_PATCH_SIZE}
     steps = [mt.LoadImaged(both), mt.EnsureChannelFirstd(both)]
     steps += [mt.AsDiscreted("label", threshold=1e-6), mt.Orientationd(both, "RAS", labels=None)]
-    steps.append(mt.Spacingd(both, pixdim=cfg.PIX_DIM, mode=train_pvs.INTERPOLATION))
+    steps.append(mt.Spacingd(both, pixdim=cfg.PIX_DIM, mode=("bilinear", "nearest")))
     scale = (*cfg.INTENSITY_PERCENTILES, 0, 1)
     steps.append(mt.ScaleIntensityRangePercentilesd("image", *scale, clip=True))
     steps.append(mt.SpatialPadd(both, **size))
     if training:
         crop = size | {"num_samples": cfg.CROPS_PER_VOLUME, "pos": cfg.POS_NEG_RATIO, "neg": 1}
         steps.append(mt.RandCropByPosNegLabeld(both, label_key="label", **crop))
-        steps += train_pvs.build_train_transforms(cfg).transforms[1:-1]  # the last ends MetaTensors
-    files = [{key: case[key] for key in both} for case in cases]
-    workers = train_pvs.worker_count(cfg) if training else 0
+        own = train_pvs.build_train_transforms(cfg).transforms
+        steps += [step for step in own if isinstance(step, mt.RandomizableTransform)]
+    files = Dataset([{k: getattr(case, k) for k in both} for case in cases], mt.Compose(steps))
     how = {"num_workers": workers, "persistent_workers": workers > 0, "shuffle": training}
     how |= {"batch_size": cfg.BATCH_SIZE if training else 1, "collate_fn": list_data_collate}
-    return DataLoader(Dataset(files, mt.Compose(steps)), **how)
-
-
-def plain_training(model, loader, optimizer, cfg):
-    """Train one epoch in float32, contiguous; the loss is read in every step."""
-    model.train()
-    device = next(model.parameters()).device
-    for batch in loader:
-        optimizer.zero_grad()
-        loss = train_pvs.loss_function(model(batch["image"].to(device)), batch["label"].to(device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP)
-        optimizer.step()
-        loss.item()
+    return DataLoader(files, **how)
 
 
 @torch.inference_mode()
 def plain_logits(model, image, cfg):
     """Return the logits of a volume (1, H, W, D): windows of equal weight, float32, contiguous."""
-    model.eval()
-    image = image[None].float().to(next(model.parameters()).device)
-    windows = {"roi_size": cfg.IMG_PATCH_SIZE, "sw_batch_size": cfg.SW_BATCH_SIZE}
-    windows |= {"overlap": cfg.SW_OVERLAP, "mode": "constant"}
-    return sliding_window_inference(image, predictor=model, **windows)
+    image, windows = image[None].float().to(cfg.DEVICE), (cfg.IMG_PATCH_SIZE, cfg.SW_BATCH_SIZE)
+    return sliding_window_inference(image, *windows, model.eval(), cfg.SW_OVERLAP, mode="constant")
 
 
-def plain_validation(model, loader, cfg):
-    """Score whole volumes, uncropped."""
-    for batch in loader:
+def plain_epoch(model, optimizer, train_loader, val_loader, cfg):
+    """Train in float32, contiguous, without a cache, then score whole volumes, uncropped."""
+    model.train()
+    for batch in train_loader:
+        image, label = batch["image"].to(cfg.DEVICE), batch["label"].to(cfg.DEVICE)
+        optimizer.zero_grad()
+        loss = train_pvs.loss_function(model(image), label)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP)
+        optimizer.step()
+        loss.item()
+    for batch in val_loader:
         logits, label = plain_logits(model, batch["image"][0], cfg).cpu(), batch["label"]
         train_pvs.loss_function(logits, label).item()
         train_pvs.calculate_metrics(logits > 0, label)
 
 
-class WatchedLoader:
-    """A loader that notes how many seconds its user waits for batches."""
-
-    def __init__(self, loader):
-        self.loader, self.epoch, self.waited = loader, 0, 0.0
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        start, self.loader.epoch = time.perf_counter(), self.epoch
-        for batch in self.loader:
-            self.waited += time.perf_counter() - start
-            yield batch
-            start = time.perf_counter()
-
-    def rest(self):
-        """End the workers, which would go on with the next epoch while others are measured."""
-        self.loader.batches = self.loader.following = None
-
-
-def timed_epoch(train, validate, device):
-    """Return the seconds of an epoch's parts by the names of their rows."""
-    training, validation = seconds_of(train, device), seconds_of(validate, device)
-    whole = {"training and validation, s": training + validation}
-    return whole | {"training alone, s": training, "validation alone, s": validation}
-
-
 def measure_epoch(bench):
-    """Measure an epoch of three heads and the validation of a fourth, 1.5 mm, patches of 64^3.
+    """Measure an epoch of three heads and the validation of a fourth, 1.5 mm.
 
     Network, loss, patches and random transforms are the same on both sides.
     """
-    cfg, shares = settings(bench, IMG_PATCH_SIZE=STEP_PATCH), []
-    cases = prepare_heads(cfg)
-    models = [train_pvs.build_model(cfg).to(bench.device) for _ in range(2)]
-    loader = WatchedLoader(train_pvs.build_train_loader(cases[:-1], cfg, bench.device))
-    training = train_pvs.build_training(models[0], cfg)
-    adamw, scaler = training["optimizer"], training["scaler"]
-    weights, decay = models[1].parameters(), cfg.WEIGHT_DECAY
-    plain_adamw = torch.optim.AdamW(weights, lr=cfg.LR, weight_decay=decay)
-    loaders = plain_loader(cases[:-1], cfg, True), plain_loader(cases[-1:], cfg, False)
+    cfg, waits = bench.settings(side=bench.options.patches[0]), []
+    *cases, last = prepare_heads(cfg)
+    models = build_model(cfg), build_model(cfg)
+    state = train_pvs.TrainState(models[0], cfg)
+    pipeline = train_pvs.build_train_loader(cases, cfg, bench.device)
+    loader = Watched(pipeline)
+    adamw = torch.optim.AdamW(models[1].parameters(), lr=cfg.LR, weight_decay=cfg.WEIGHT_DECAY)
+    loaders = plain_loader(cases, cfg, True, pipeline.num_workers), plain_loader([last], cfg, False)
 
     def ours():
-        loader.waited, loader.epoch = 0.0, loader.epoch + 1
-        train = partial(train_pvs.train_one_epoch, models[0], loader, adamw, scaler, cfg)
-        validate = partial(train_pvs.validate, models[0], cases[-1:], cfg, loader.epoch)
-        numbers = timed_epoch(train, validate, bench.device)
-        shares.append(100 * loader.waited / numbers["training and validation, s"])
-        loader.rest()
-        return numbers
+        start, epoch, loader.waited = time.perf_counter(), len(waits) + 1, 0.0
+        train_pvs.train_one_epoch(models[0], state, loader, epoch)
+        train_pvs.validate(models[0], [last], cfg, epoch)
+        waits.append(f"{100 * loader.waited / (time.perf_counter() - start):.1f} %")
 
-    def plain():
-        train = partial(plain_training, models[1], loaders[0], plain_adamw, cfg)
-        validate = partial(plain_validation, models[1], loaders[1], cfg)
-        return timed_epoch(train, validate, bench.device)
-
-    compare(bench, "epoch", {"pipeline, cached": ours, "plain loop": plain})
-    told = ", ".join(f"{share:.1f} %" for share in shares)
-    workers = train_pvs.count_words(train_pvs.worker_count(cfg), "worker")
-    bench.report.tell(f"The pipeline waits for batches in {told} of its epochs' time, {workers}.")
-    bench.report.tell(
+    theirs = partial(plain_epoch, models[1], adamw, *loaders, cfg)
+    bench.compare("training and validation, s", {"pipeline, cached": ours, "plain loop": theirs})
+    told = f"The pipeline waits for batches in {', '.join(waits)} of its epochs' time"
+    bench.tell(f"{told}, {pipeline.num_workers} workers; both sides' start in the first epoch.")
+    bench.tell(
         "Plain loop: MONAI's transforms from the files in every epoch, MetaTensors, float32, "
-        "contiguous, the loss read in every step, AdamW not fused; validation by windows of equal "
-        "weight on the uncropped volume. Its workers stay; the pipeline's start in every epoch."
+        "contiguous, AdamW not fused; windows of equal weight on the uncropped volume."
     )
 
 
-def contiguous(image, device, _):
-    """Take the place of `network_input` where all is to stay contiguous."""
-    return image.to(device)
-
-
-def channels_last(image, device, _):
-    """Take the place of `network_input` where all is to be channels-last."""
-    return image.to(device, memory_format=torch.channels_last_3d)
-
-
-class OneBatch(list):
-    """A loader of one batch."""
-
-    epoch = 1
-
-
-def training_step(bench, what, network_input=train_pvs.network_input, patches=4, **overrides):
-    """Return a work: a training step with some patches; on a GPU it tells of memory too.
-
-    That is without the weights and AdamW's states, also of networks that are measured in turn.
-    """
-    cfg = settings(bench, **{"IMG_PATCH_SIZE": STEP_PATCH} | overrides)
-    model = train_pvs.build_model(cfg).to(bench.device)
-    training = train_pvs.build_training(model, cfg)
-    optimizer, scaler = training["optimizer"], training["scaler"]
+def training_step(cfg, patches=4):
+    """Return a work: a training step with some patches."""
+    state = train_pvs.TrainState(build_model(cfg), cfg)
     image = torch.rand(patches, 1, *cfg.IMG_PATCH_SIZE)
-    loader = OneBatch([{"image": image, "label": (image > 0.999).float(), "name": ["noise"]}])
-    train = partial(train_pvs.train_one_epoch, model, loader, optimizer, scaler, cfg)
-
-    def step():
-        with mock.patch.multiple(train_pvs, network_input=network_input):
-            if bench.device.type != "cuda":
-                return train()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            numbers = {what: seconds_of(train, bench.device)}
-        peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-        return numbers | {f"{what.removesuffix(', s')}: GPU memory on top, MB": peak}
-
-    return step
-
-
-def optimizer_steps(bench, **kind):
-    """Return a work: ten steps of AdamW with the network's weights."""
-    weights = list(train_pvs.build_model(settings(bench)).to(bench.device).parameters())
-    for tensor in weights:
-        tensor.grad = torch.full_like(tensor, 1e-3)
-    optimizer = torch.optim.AdamW(weights, **kind)
-    return lambda: [optimizer.step() for _ in range(10)]
-
-
-def compare_autocast(bench, what, ours, float32, warm_up=False):
-    """Add the row of autocast, unless the processor would emulate it."""
-    sides = {"autocast": ours, "float32": float32}
-    if train_pvs.autocast_dtype(bench.device, settings(bench)) == torch.float32:
-        bench.report.add(what, sides, "not run: bfloat16 is emulated here")
-    else:
-        compare(bench, what, sides, warm_up)
+    loader = Watched([{"image": image, "label": (image > 0.999).float(), "name": ["noise"]}])
+    return partial(train_pvs.train_one_epoch, state.model, state, loader, 1)
 
 
 def measure_step(bench):
-    """Measure a training step of four patches of 64^3, one ingredient at a time."""
-    what = "training step, s"
-    step = partial(training_step, bench, what)
-    compare_autocast(bench, what, step(), step(AMP=False), True)
-    steps = {"channels-last": channels_last, "contiguous": contiguous}
-    steps = {name: step(layout) for name, layout in steps.items()}
-    compare(bench, what, steps, warm_up=True)
-    kinds = {"AdamW, fused": {"fused": True}, "AdamW, torch's default": {}}
-    kinds = {name: optimizer_steps(bench, **kind) for name, kind in kinds.items()}
-    compare(bench, "ten optimizer steps alone, s", kinds, warm_up=True)
-
-
-def measure_recipes(bench):
-    """Measure the networks of two recipes at full size: patches of 96^3."""
-    patch = {"IMG_PATCH_SIZE": (96, 96, 96), "ENCODER_WEIGHTS": "none"}
-    full = {
-        "published": {"ENCODER_NAME": train_pvs.Config().ENCODER_NAME, **patch},
-        "native": train_pvs.RECIPES["native"] | patch,
-    }
-    on_gpu = bench.device.type == "cuda"
-    what = f"training step of {'8 patches' if on_gpu else 'one patch'}, s"
-    step = partial(training_step, bench, what, patches=8 if on_gpu else 1)
-    compare(bench, what, {name: step(**flags) for name, flags in full.items()}, warm_up=True)
-    for name, flags in full.items() if on_gpu else ():
-        sides = {f"{name}, autocast": step(**flags), f"{name}, float32": step(**flags, AMP=False)}
-        compare(bench, what, sides, warm_up=True)
-    volume, windows = torch.rand(1, 96, 96, 96), {}
-    for name, flags in full.items():
-        cfg = settings(bench, **flags)
-        model = train_pvs.build_model(cfg).to(bench.device)
-        windows[name] = partial(train_pvs.predict_logits, model, volume, cfg)
-    compare(bench, "inference of one window, s", windows, warm_up=True)
-
-
-# ---------------------------------------------------------------------------------------- Inference
-
-
-def build_model_at(cfg, bias):
-    """Return a network of random weights whose logits are moved by `bias`."""
-    model = train_pvs.build_model(cfg).to(train_pvs.choose_device(cfg))
-    with torch.no_grad():
-        model.segmentation_head[0].bias += bias
-    return model
+    """Measure a training step, one ingredient at a time, and the networks of two recipes."""
+    what, cfg = "four patches, s", bench.settings(side=bench.options.patches[0])
+    bench.compare_autocast(what, training_step, cfg, True)
+    bench.compare_layouts(what, training_step(cfg), True)
+    # The networks at full size, with inference's patches.
+    flags = ["--encoder-weights", "none", "--device", bench.options.device, "--img-patch-size"]
+    flags, names = [*flags, *3 * [str(bench.options.patches[1])]], ("published", "native")
+    recipes = {name: train_pvs.parse_command_line(["--recipe", name, *flags])[0] for name in names}
+    patches = 8 if bench.device.type == "cuda" else 1  # as in training; a CPU takes 20 s for one
+    what, step = f"full size, step of {patches}, s", partial(training_step, patches=patches)
+    bench.compare(what, {name: step(cfg) for name, cfg in recipes.items()}, True)
+    for name, cfg in recipes.items():
+        bench.compare_autocast(f"{name}, {what}", step, cfg, True)
+    image, predict = torch.rand(1, *cfg.IMG_PATCH_SIZE), train_pvs.predict_logits
+    works = {name: partial(predict, build_model(cfg), image, cfg) for name, cfg in recipes.items()}
+    bench.compare("full size, inference of one window, s", works, True)
 
 
 def uncropped_entry(case, cfg):
@@ -468,343 +326,174 @@ def uncropped_entry(case, cfg):
     steps = train_pvs.build_transforms(cfg).transforms
     whole = mt.Compose([step for step in steps if not isinstance(step, mt.CropForegroundd)])
     with mock.patch.object(train_pvs, "build_transforms", return_value=whole):
-        return train_pvs.to_working_grid({"image": train_pvs.read_volume(case["image"])[0]}, cfg)
-
-
-def windows_words(volume, cfg):
-    """Return how many windows inference takes for a volume (1, H, W, D), as text."""
-    step = [side * (1 - cfg.SW_OVERLAP) for side in cfg.IMG_PATCH_SIZE]
-    sides = zip(volume.shape[1:], cfg.IMG_PATCH_SIZE, step, strict=True)
-    count = math.prod(1 + math.ceil(max(n - p, 0) / s) for n, p, s in sides)
-    return train_pvs.count_words(count, "window")
-
-
-def equal_weights(*arguments, **named):
-    """Take the place of MONAI's inference where all windows are to have equal weight."""
-    return sliding_window_inference(*arguments, **named | {"mode": "constant"})
-
-
-def predict_with(model, image, cfg, **substitutes):
-    """Predict a volume with other functions in place of the pipeline's own."""
-    own = {"network_input": train_pvs.network_input}
-    with mock.patch.multiple(train_pvs, **own | substitutes):
-        train_pvs.predict_logits(model, image, cfg)
-
-
-def compare_ingredients(bench, model, image, whole, cfg):
-    """Add rows of whole-head inference, each with one ingredient off; volumes cropped and not."""
-    what, ours = "one thing changed, s", partial(predict_with, model, image, cfg)
-    sides = {f"cropped to the head, {windows_words(image, cfg)}": ours}
-    sides[f"whole volume, {windows_words(whole, cfg)}"] = partial(predict_with, model, whole, cfg)
-    compare(bench, what, sides)
-    layouts = {"channels-last": channels_last, "contiguous": contiguous}
-    layouts = {name: partial(ours, network_input=layout) for name, layout in layouts.items()}
-    compare(bench, what, layouts)
-    float32 = partial(predict_with, model, image, replace(cfg, AMP=False))
-    compare_autocast(bench, what, ours, float32)
-    constant = partial(ours, sliding_window_inference=equal_weights)
-    compare(bench, what, {"Gaussian blending": ours, "equal weights": constant})
-
-
-def random_network(bench, spacing):
-    """Return a network of random weights that finds 0.1 % of a head, its Config and the head."""
-    cfg = settings(bench, spacing)
-    case = prepare_heads(cfg)[-1]
-    image = train_pvs.load_cached(case)["image"]
-    logits = train_pvs.predict_logits(build_model_at(cfg, 0), image, cfg)
-    return build_model_at(cfg, -float(np.quantile(logits.cpu().numpy(), 0.999))), cfg, case
+        return train_pvs.to_working_grid({"image": train_pvs.read_volume(case.image)}, cfg)
 
 
 def trained_network(bench):
     """Return the checkpoint's network, its Config and a head of which its training knew nothing."""
-    content = train_pvs.read_checkpoint(bench.checkpoint)
-    data = {"DATA_DIR": str(bench.data_dir)}
-    cfg = train_pvs.restore_config(content, settings(bench), data)
-    model = train_pvs.build_model(cfg).to(bench.device)
-    train_pvs.load_weights(model, content, bench.checkpoint)
-    parts = content["sha256"]
-    known = {sha256 for part in {*parts} - {"test"} for sha256 in parts[part].values()}
-    unknown = [case for case in prepare_heads(cfg) if case["sha256"] not in known]
+    content = train_pvs.read_checkpoint(bench.options.checkpoint)
+    kept = train_pvs.names(train_pvs.Grid, train_pvs.Network)
+    cfg = replace(bench.settings(), **{name: content["config"][name] for name in kept})
+    model = build_model(cfg)
+    model.load_state_dict(content["model"])
+    known = {h for part in ("train", "val") for h in content["sha256"][part].values()}
+    unknown = [case for case in prepare_heads(cfg) if case.sha256 not in known]
     if not unknown:
-        raise ValueError(f"{bench.checkpoint}: its training knew the first {HEADS} heads")
+        sys.exit(f"{bench.options.checkpoint}: its training knew the first {HEADS} heads")
     return model, cfg, unknown[-1]
 
 
 def compare_inference(bench, model, cfg, case):
-    """Add the row of a head's inference, with the Dice of what it finds."""
+    """Add the rows of a head's inference; of trained weights with the Dice of what they find."""
     entry, whole, found = train_pvs.load_cached(case), uncropped_entry(case, cfg), {}
+    predict = partial(train_pvs.predict_logits, model)
 
     def ours():
-        found["A"] = train_pvs.predict_logits(model, entry["image"], cfg), entry
+        found["pipeline"] = predict(entry["image"], cfg)[0].cpu(), entry
 
     def plain():
-        found["B"] = plain_logits(model, whole["image"], cfg), whole
+        found["plain"] = plain_logits(model, whole["image"], cfg)[0].cpu(), whole
 
-    grid = train_pvs.spacing_words(cfg.PIX_DIM)
-    compare(bench, f"whole head, {grid}, s", {"pipeline": ours, "plain": plain})
-    probs = [torch.sigmoid(logits[0]).cpu() for logits, _ in found.values()]
-    grids = [grid for _, grid in found.values()]
-    masks = [train_pvs.to_native_grid(p, g) > 0.5 for p, g in zip(probs, grids, strict=True)]
-    label = train_pvs.read_again(case)[1]
-    dices = [train_pvs.calculate_metrics(mask[0], label)["dice"] for mask in masks]
-    between, share = train_pvs.calculate_metrics(*masks)["dice"], 100 * masks[0].float().mean()
-    told = f"native Dice of the two masks {between:.4f}, {share:.2g} % of the scan is foreground"
-    if bench.checkpoint:
-        told = f"native Dice of {case['name']} {dices[0]:.4f}, plain {dices[1]:.4f}"
-    patch = " x ".join(map(str, cfg.IMG_PATCH_SIZE))
-    bench.report.tell(f"{grid}, patches of {patch}, overlap {cfg.SW_OVERLAP}: {told}.")
-    if cfg.PIX_DIM[0] > HEAD_MM:
-        compare_ingredients(bench, model, entry["image"], whole["image"], cfg)
+    told = f"{cfg.PIX_DIM[0]:g} mm, windows of {cfg.IMG_PATCH_SIZE[0]}^3, overlap {cfg.SW_OVERLAP}"
+    bench.compare(f"whole head, {told}, s", {"pipeline": ours, "plain": plain})
+    if bench.options.checkpoint:
+        label = np.asarray(nib.load(case.label).dataobj) > 0
+        for name, (logits, place) in found.items():
+            pred = train_pvs.to_native_grid(torch.sigmoid(logits), place)[0] > 0.5
+            dice = train_pvs.calculate_metrics(pred, label)["dice"]
+            bench.tell(f"Trained weights, native Dice of {case.name}, {name}: {dice:.4f}.")
+    if cfg.PIX_DIM[0] > HEAD_MM:  # else too long for one ingredient at a time
+        what = f"{cfg.PIX_DIM[0]:g} mm, one thing changed, s"
+        crops = {"cropped to the head": entry["image"], "whole volume": whole["image"]}
+        bench.compare(what, {name: partial(predict, x, cfg) for name, x in crops.items()})
+        bench.compare_layouts(what, partial(predict, entry["image"], cfg))
+        bench.compare_autocast(what, partial(partial, predict, entry["image"]), cfg)
 
 
 def measure_inference(bench):
-    """Measure whole-head inference: logits by sliding windows."""
-    if bench.checkpoint:
-        compare_inference(bench, *trained_network(bench))
+    """Measure a whole head's logits by sliding windows.
+
+    Plain is the whole volume in float32, contiguous, with windows of equal weight.
+    """
+    if bench.options.checkpoint:
+        networks = [trained_network(bench)]
     else:
-        for spacing in (1.5, HEAD_MM):
-            compare_inference(bench, *random_network(bench, spacing))
-        bench.report.tell("Random weights respond to a window's edges more than trained ones do.")
-    bench.report.tell("Plain: whole volume, float32, contiguous, windows of equal weight.")
-    bench.report.tell("Masks are cut at 0.5, without mirrored views, on both sides.")
-
-
-# ------------------------------------------------------------------------ Preparation, augmentation
+        grids = map(bench.settings, (1.5, HEAD_MM))
+        networks = [(build_model(cfg), cfg, prepare_heads(cfg)[-1]) for cfg in grids]
+    for network in networks:
+        compare_inference(bench, *network)
 
 
 def measure_preparation(bench):
     """Measure checking and caching of four scans, 1.5 mm."""
-    cfg = replace(settings(bench), CACHE_DIR=str(bench.folder / "cache-anew"))
+    cfg = bench.settings(CACHE_DIR=str(Path(bench.options.work) / "cache-anew"))
 
     def first():
         shutil.rmtree(cfg.CACHE_DIR, ignore_errors=True)
-        return prepare_heads(cfg)
+        prepare_heads(cfg)
 
     sides = {"first run, empty cache": first, "second run": partial(prepare_heads, cfg)}
-    compare(bench, f"prepare_cases, {HEADS} scans, s", sides)
-    cases = train_pvs.find_cases(cfg)[:HEADS]
-    taken = train_pvs.cached_bytes(cases, cfg)
-    files = [train_pvs.cache_path(case, cfg) for case in cases]
-    voxels = sum(train_pvs.load_cached({"cache": file})["image"].numel() for file in files)
-    told = f"{train_pvs.size_words(taken / len(cases))} a scan"
-    bench.report.tell(f"The cache takes {taken / voxels:.2f} bytes a voxel of the box, {told}.")
+    bench.compare(f"prepare_cases, {HEADS} scans, s", sides)
+    cases = prepare_heads(cfg)
+    size = sum(os.path.getsize(case.cache) for case in cases)
+    voxels = sum(train_pvs.load_cached(case)["image"].numel() for case in cases)
+    told = f"{size / voxels:.2f} bytes a voxel of the box"
+    bench.tell(f"The cache takes {told}, {size / HEADS / 1e6:.1f} MB a scan.")
 
 
-def patch_rate(cases, cfg, what):
-    """Cut and augment every case's patches once with one thread; return patches a second."""
-    patches, threads = train_pvs.TrainingPatches(cases, cfg), torch.get_num_threads()
-    torch.set_num_threads(1)
-    start = time.perf_counter()
-    count = sum(len(patches[1, number]) for number in range(len(cases)))
-    torch.set_num_threads(threads)
-    return {what: count / (time.perf_counter() - start)}
+def memory(field, status):
+    """Return VmRSS, the memory of a process, or VmHWM, its peak, in GB; 0: it is not told."""
+    found = re.search(rf"{field}:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 / 1e9 if found else 0
 
 
-def measure_augmentation(bench):
-    """Measure how fast one process of one thread cuts and augments patches of 96^3."""
-    grids, what = [settings(bench, spacing) for spacing in (1.5, HEAD_MM)], "patches a second"
-    works = [partial(patch_rate, prepare_heads(cfg), cfg, what) for cfg in grids]
-    names = [f"working grid {train_pvs.spacing_words(cfg.PIX_DIM)}" for cfg in grids]
-    results = compare(bench, what, dict(zip(names, works, strict=True)))
-    for side, name in enumerate(names):
-        pairs = [(WANTED, WORKERS * pair[side][what]) for pair in results]
-        sides = f"{WANTED} wanted", f"{WORKERS} workers (calculated)"
-        bench.report.add(f"{what}, {name}", sides, pairs)
+def predict_peak(path, cfg):
+    """Predict a scan; return the memory after loading the network and the peak, GB."""
+    model, status = build_model(cfg), Path("/proc/self/status")
+    loaded = memory("VmRSS", status.read_text())
+    entry = train_pvs.to_working_grid({"image": train_pvs.read_volume(path)}, cfg)
+    train_pvs.predict_case(model, entry, cfg)
+    return loaded, memory("VmHWM", status.read_text())
 
 
-# ---------------------------------------------------------------------------- Memory, scaling, more
+def run_script(bench, rows, heads, *flags, processes=1, **environment):
+    """Train and test on small heads as a user does; return some of EPOCH and PEAK.
 
-
-def predict_peak(case, cfg):
-    """Segment a scan; return the memory after loading the network and the peak, MB."""
-    model = build_model_at(cfg, -7)  # finds next to nothing
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # let the peak start from here
-    loaded = train_pvs.resident_memory()
-    train_pvs.segment_scan(model, case, cfg)
-    return loaded / 1e6, train_pvs.peak_memory() / 1e6
-
-
-def epoch_peaks(cases, cfg):
-    """Fit for EPOCHS; return the peak after each epoch, MB."""
-    split, peaks = {"train": cases[:-1], "val": cases[-1:], "test": []}, []
-
-    def note(*_):
-        peaks.append(train_pvs.peak_memory() / 1e6)
-
-    with mock.patch.multiple(train_pvs, log_epoch=note):
-        train_pvs.fit(train_pvs.build_model(cfg), cfg, split)
-    return peaks
-
-
-def evaluate_peak(cases, cfg):
-    """Test the cases; return the peak, MB."""
-    weights = {"file": "none", "epoch": 0, "val_dice": 0.0}
-    train_pvs.evaluate(build_model_at(cfg, -7), cases, weights, cfg)
-    return {"peak of testing small heads, MB": train_pvs.peak_memory() / 1e6}
-
-
-def measure_memory(bench):
-    """Measure peaks of memory, each in a process that has done nothing before."""
-    cfg = settings(bench, HEAD_MM)
-    case, report = train_pvs.find_cases(cfg)[0], bench.report
-    loaded, peak = in_fresh_process(predict_peak, case, cfg)  # long, and the same every time
-    names = "network loaded", "peak"
-    report.add(f"predicting a scan at {HEAD_MM} mm, MB", names, [(loaded, peak)])
-    report.tell(f"Predicting a scan takes {peak - loaded:.0f} MB beyond the loaded network.")
-    cases, cfg = prepare_small_heads(bench, EPOCHS=20)
-    runs = [in_fresh_process(epoch_peaks, cases[:5], cfg) for _ in range(bench.pairs)]
-    for count in (5, 20):
-        pairs = [(peaks[0], peaks[count - 1]) for peaks in runs]
-        report.add("peak of training, MB", ("after 1 epoch", f"after {count} epochs"), pairs)
-    for counts in ((2, 8), (12, 16)):
-        works = [partial(in_fresh_process, evaluate_peak, cases[:n], cfg) for n in counts]
-        names = [f"{count} test scans" for count in counts]
-        compare(bench, "testing", dict(zip(names, works, strict=True)))
-    report.tell("The figure of all test scans grows up to ten of them.")
-
-
-def epoch_cost(cases, cfg):
-    """Return the cost of the second of two epochs by row names."""
-    device = train_pvs.choose_device(cfg)
-    model = train_pvs.build_model(cfg).to(device)
-    loader = train_pvs.build_train_loader(cases, cfg, device)
-    training = train_pvs.build_training(model, cfg)
-    optimizer, scaler = training["optimizer"], training["scaler"]
-    train = partial(train_pvs.train_one_epoch, model, loader, optimizer, scaler, cfg)
-    seconds = [seconds_of(train, device) for _ in range(2)][-1]
-    peak = train_pvs.peak_memory() / 1e6
-    return {"epoch, s a head": seconds / len(cases), "peak memory, MB": peak}
-
-
-def inference_cost(model, volume, cfg):
-    """Return the seconds of inference for a million voxels by the row's name."""
-    device = torch.device(cfg.DEVICE)
-    seconds = seconds_of(partial(train_pvs.predict_logits, model, volume, cfg), device)
-    return {"inference, s a million voxels": seconds / (volume.numel() / 1e6)}
-
-
-def measure_scaling(bench):
-    """Measure whether cost grows in step with heads and voxels: small heads, patches of 32^3."""
-    cases, cfg = prepare_small_heads(bench)
-    few = partial(in_fresh_process, epoch_cost, cases[:5], cfg)
-    for count in (10, 20, 40):
-        many = partial(in_fresh_process, epoch_cost, cases[:count], cfg)
-        compare(bench, "5 and more heads", {"5 heads": few, f"{count} heads": many})
-    model, works = train_pvs.build_model(cfg).to(bench.device), {}
-    for shape in ((96, 96, 96), (96, 96, 192), (96, 192, 192)):
-        volume = torch.rand(1, *shape)
-        name = f"{volume.numel() / 1e6:.2f} M voxels, {windows_words(volume, cfg)}"
-        works[name] = partial(inference_cost, model, volume, cfg)
-    names = list(works)
-    for name in names[1:]:
-        compare(bench, "inference", {side: works[side] for side in (names[0], name)})
-
-
-def run_script(bench, processes, device):
-    """Train as a user does; return the mean seconds of an epoch, but for the first."""
-    out = bench.folder / f"run-{processes}-{device}"
+    `heads`: how many to train, to validate and to test. The first epoch does not count.
+    """
+    work = Path(bench.options.work).resolve()
+    data, out = make_heads(work / "small", sum(heads), SMALL_SHAPE, 1), work / "run"
+    names = iter([f"sub-{number + 1:03d}" for number in range(sum(heads))])
+    parts = zip(("train", "val", "test"), heads, strict=True)
+    split = {part: [next(names) for _ in range(count)] for part, count in parts}
+    train_pvs.write_file(work / "split.json", json.dumps(split))
     shutil.rmtree(out, ignore_errors=True)
+    code = "import train_pvs as t; s = t.main(); print(open('/proc/self/status').read()); exit(s)"
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    flags = {"--data-dir": bench.folder / "small", "--cache-dir": bench.folder / "cache"}
-    flags |= {"--output-dir": out, "--split": bench.folder / "split.json", "--device": device}
-    flags |= {"--encoder-name": "efficientnet-b0", "--encoder-weights": "none"}
-    flags |= {"--encoder-depth": 3, "--epochs": 4, "--num-workers": 0}
-    argv = [*(torchrun if processes > 1 else []), train_pvs.__file__]
-    argv += [*(str(word) for flag in flags.items() for word in flag), "--img-patch-size"]
-    argv += ["32", "32", "32", "--pix-dim", "1", "1", "1"]
-    process = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, *argv], **process, check=False)
-    history = out / "logs" / "training_history.json"
-    if not history.exists():  # the status is 1 also where four epochs taught nothing
-        raise RuntimeError(f"the run ended early: {done.stderr.strip()[-500:]}")
-    rows = json.loads(history.read_text())[1:]
-    return {"an epoch, one thread a process, s": statistics.mean(row["seconds"] for row in rows)}
+    argv = ["-c", code] if processes == 1 else [*torchrun, train_pvs.__file__]
+    argv += [*SMALL.split(), "--data-dir", data, "--cache-dir", work / "cache", *flags]
+    argv += ["--split", work / "split.json", "--output-dir", out]
+    argv, env = [sys.executable, *map(str, argv)], os.environ | environment
+    done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True)
+    run = train_pvs.Run(out)
+    if not run.scores.exists():  # the status is 1 also where the epochs taught nothing
+        raise RuntimeError(f"a run ended early: {done.stderr.strip()[-500:]}")
+    seconds = [epoch["seconds"] for epoch in json.loads(run.history.read_text())]
+    numbers = {PEAK: memory("VmHWM", done.stdout)}
+    numbers[EPOCH] = statistics.median(seconds[1:] or seconds) / heads[0]
+    return {row: numbers[row] for row in rows}
 
 
-def measure_processes(bench):
-    """Measure an epoch with 16 small heads, and 2 to validate, in one process and in two."""
-    make_heads(bench.folder / "small", SMALL_HEADS, SMALL_SHAPE, 1)
-    names = [f"sub-{number:03d}" for number in range(1, 20)]
-    split = {"train": names[:16], "val": names[16:18], "test": names[18:]}
-    train_pvs.write_json(bench.folder / "split.json", split)
-    for device, available in {"cpu": 2, "cuda": torch.cuda.device_count()}.items():
-        runs = [partial(run_script, bench, count, device) for count in (1, 2)]
-        sides = dict(zip((f"1 process, {device}", f"2 processes, {device}"), runs, strict=True))
-        if available < 2:
-            bench.report.add("an epoch, s", sides, "not run: needs two GPUs")
-        else:
-            compare(bench, "processes", sides)
+def measure_runs(bench):
+    """Measure memory, and whole runs of small heads on the CPU, each in a process of its own."""
+    cfg = bench.settings(HEAD_MM)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # the same every time
+        pair = pool.submit(predict_peak, train_pvs.find_cases(cfg)[0].image, cfg).result()
+    bench.add(f"predicting a scan at {HEAD_MM} mm, GB", ("network loaded", "peak"), [pair])
+    peak, run = partial(run_script, bench, [PEAK]), partial(run_script, bench, [EPOCH, PEAK])
+    least = ("--epochs", 1, "--batch-size", 1, "--crops-per-volume", 1)  # testing takes more
+    seldom = ("--epochs", 4, "--val-every", 9)  # the median epoch has no validation
+    threads = partial(run_script, bench, [EPOCH], (16, 2, 1), "--epochs", 4, OMP_NUM_THREADS="1")
+    for sides in (
+        {f"epochs: {n}": partial(peak, (4, 1, 1), "--epochs", n) for n in (1, 20)},
+        {f"test scans: {n}": partial(peak, (2, 1, n), *least) for n in (12, 16)},
+        {f"heads: {n}": partial(run, (n, 1, 1), *seldom) for n in (5, 40)},
+        {f"processes of one thread: {n}": partial(threads, processes=n) for n in (1, 2)},
+    ):
+        bench.compare("run", sides)
 
 
-# --------------------------------------------------------------------------------------------- Main
-
-MEASURES = (measure_epoch, measure_step, measure_recipes, measure_inference, measure_preparation)
-MEASURES += (measure_augmentation, measure_memory, measure_scaling, measure_processes)
+MEASURES = (measure_epoch, measure_step, measure_inference, measure_preparation, measure_runs)
 SECTIONS = {measure.__name__.removeprefix("measure_"): measure for measure in MEASURES}
 
 
-def build_parser():
-    """Return the command line."""
+def main(argv=None):
+    """Measure what the command line asks for; return the exit status 0."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data-dir", metavar="BIDS", help="real scans; default: simulated heads")
     add("--shape", type=int, nargs=3, default=(208, 300, 320), help="voxels of simulated heads")
+    add("--patches", type=int, nargs=2, default=(64, 96), help="their sides: training, inference")
     add("--pairs", type=int, default=3, help="pairs of measurements of a row")
     add("--only", nargs="+", choices=SECTIONS, default=[*SECTIONS], metavar="NAME")
     add("--work", metavar="DIR", help="keep heads and caches there; default: a temporary folder")
     add("--checkpoint", metavar="FILE", help="trained network for `inference`; default: random")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--device", choices=("cpu", "cuda"), default=("cpu", "cuda")[torch.cuda.is_available()])
     add("--output", metavar="FILE", default="docs/benchmark.md")
-    return parser
-
-
-def run_sections(bench, names):
-    """Measure; return the exit status, 1 where a section failed."""
-    status = 0
-    for name in names:
-        start = time.perf_counter()
-        bench.report.begin(name)
-        try:
-            SECTIONS[name](bench)
-            if bench.device.type != "cuda" and name in GPU_ROWS:
-                bench.report.add(*GPU_ROWS[name], NO_GPU)
-        except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
-            bench.report.tell(f"Ended early: {train_pvs.one_line(error)}")
-            status = 1
-        print(f"  {name} took {time.perf_counter() - start:.0f} s", flush=True)
-    return status
-
-
-def main(argv=None):
-    """Measure what the command line asks for; return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
     options = parser.parse_args(argv)
-    keep_pipeline_quiet()
-    device = train_pvs.choose_device(replace(train_pvs.Config(), DEVICE=options.device))
-    size = " x ".join(map(str, options.shape))
-    box = " x ".join(f"{100 * part:.0f} %" for part in FIELD)
-    scans = f"simulated heads, {size} voxels of {HEAD_MM} mm, the head's box takes {box} of them"
-    if options.data_dir:
-        scans = f"the first {HEADS} of {Path(options.data_dir).resolve().name}"
-    command = f"python benchmarks/speed.py {shlex.join(argv)}".strip()
-    network = "UNet++ over efficientnet-b0, random weights"
-    if options.checkpoint:
-        try:
-            trained = train_pvs.Config(**train_pvs.read_checkpoint(options.checkpoint)["config"])
-        except ValueError as error:
-            parser.error(error)
-        network = f"{train_pvs.describe_network(trained)} for `inference`, trained; else {network}"
-    report = Report(options.output, header_text(scans, device, network), command)
+    logging.getLogger("train_pvs").setLevel(logging.ERROR)
+    bench = Bench(options, f"python benchmarks/speed.py {shlex.join(argv)}".strip())
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(options.work or temporary)
-        heads = options.data_dir
-        if not heads:
-            folder_of_size = folder / "-".join(map(str, ("heads-in-air", *options.shape)))
-            heads = make_heads(folder_of_size, HEADS, options.shape, HEAD_MM, FIELD)
-        shared = folder, heads, options.pairs, device, report, options.checkpoint
-        return run_sections(Bench(*shared), options.only)
+        options.work = options.work or temporary
+        if not options.data_dir:
+            folder = Path(options.work, "-".join(map(str, ("heads", *options.shape))))
+            options.data_dir = make_heads(folder, HEADS, options.shape, HEAD_MM, FIELD)
+        for name in options.only:
+            print(f"\n{name}")
+            bench.name, bench.rows, bench.facts = name, [], []
+            SECTIONS[name](bench)
+    return 0
 
 
 if __name__ == "__main__":
