@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import asdict
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -224,18 +225,20 @@ def tested(tmp_path_factory):
         save_nifti(label_path(folder / "heads", name), label)
     write_constant_network(folder / "constant.pth", 5.0, [*TINY, "--seed", "9"])
     argv = ["--evaluate", "--checkpoint", str(folder / "constant.pth"), "--data-dir"]
-    argv += [str(folder / "heads"), "--output-dir", str(folder / "out"), "--num-workers", "0"]
+    argv += [str(folder / "heads"), "--output-dir", str(folder / "out"), "--device", "cpu"]
+    argv += ["--num-workers", "0"]
+    before = plt.get_fignums()
     assert train_pvs.main(argv) == 0
-
-    def refuse(word):
-        raise AssertionError(f"{word} is no JSON")
-
-    logs = folder / "out" / "logs"
+    logs, left_open = folder / "out" / "logs", set(plt.get_fignums()) - set(before)
     text = (logs / "comprehensive_test_metrics.json").read_text()
+    content = json.loads(text, parse_constant=pytest.fail)  # at NaN, which is no JSON
     with open(logs / "test_metrics.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    log = (logs / "evaluate.log").read_text().splitlines()
-    return json.loads(text, parse_constant=refuse), table, log
+    return content, table, (logs / "evaluate.log").read_text().splitlines(), left_open
+
+
+def test_no_figure_stays_open_after_a_test(tested):
+    assert not tested[3]  # hundreds of cases would fill the memory
 
 
 def test_rows_of_a_whole_test_are_those_worked_out_by_hand(tested):
@@ -285,7 +288,7 @@ for _burden in ("count", "volume_ml"):
 
 
 def test_blocks_of_the_file_summarise_its_rows(tested):
-    content, _, _ = tested
+    content = tested[0]
     rows = content["subjects"]
     assert (content["n"], content["config"]["SEED"], content["device"]) == (4, 9, "cpu")
     assert (content["checkpoint"]["epoch"], content["checkpoint"]["val_dice"]) == (3, 0.5)
@@ -316,14 +319,14 @@ def test_blocks_of_the_file_summarise_its_rows(tested):
 
 
 def test_table_has_the_rows_of_the_file_and_empty_cells_where_undefined(tested):
-    content, table, _ = tested
+    content, table, *_ = tested
     for line, row in zip(table, content["subjects"], strict=True):
         assert list(line) == list(row)
         assert line == {key: "" if value is None else str(value) for key, value in row.items()}
 
 
 def test_printed_table_has_all_cases_and_their_summary_in_each_column(tested):
-    content, _, log = tested
+    content, _, log, _ = tested
     columns = {"Dice": "dice", "IoU": "iou", "precision": "precision", "recall": "recall"}
     columns |= {"native Dice": "native_dice", "round trip": "roundtrip_dice"}
     columns |= {"NSD 1 mm": "nsd_1mm", "HD95, mm": "hd95_mm"}

@@ -46,11 +46,8 @@ def conv_step(tiny_config):
 
     def train(batches, epoch=1, **settings):
         torch.manual_seed(0)
-        model, settings = nn.Conv3d(1, 1, 3, padding=1), {"GRAD_CLIP": 1e6} | settings
-        state, before = (
-            train_pvs.TrainState(model, tiny_config(AMP=False, **settings)),
-            vector(model),
-        )
+        model, cfg = nn.Conv3d(1, 1, 3, padding=1), {"AMP": False, "GRAD_CLIP": 1e6} | settings
+        state, before = train_pvs.TrainState(model, tiny_config(**cfg)), vector(model)
         state.optimizer = torch.optim.SGD(model.parameters(), lr=1)
         loader = Batches(batches)
         result = train_pvs.train_one_epoch(model, state, loader, epoch)
@@ -74,16 +71,13 @@ def descend(weights, groups):
 def test_accumulated_batches_make_one_step_down_the_mean_of_their_losses(conv_step):
     batches = make_batches(5)
     for steps, groups in ((1, [[b] for b in batches]), (3, [batches[:3], batches[3:]])):
-        before, after, (loss, dice) = conv_step(batches, ACCUMULATE_STEPS=steps)
+        before, after, _ = conv_step(batches, ACCUMULATE_STEPS=steps)
         torch.testing.assert_close(after, descend(before, groups), atol=1e-6, rtol=1e-5)
-    # A batch that is half of a larger one, twice, makes the larger one's step: the Dice term is
-    # one over the batch, smoothed by 1 voxel in some 40, so that halves give nearly the same.
+    # Two halves of a larger batch make nearly its step: the Dice term is one over the batch.
     joined = {key: torch.cat([b[key] for b in batches[:2]]) for key in ("image", "label")}
     before, after, _ = conv_step(batches[:2], ACCUMULATE_STEPS=2)
     _, large, _ = conv_step([joined | {"name": ["a"]}])
     assert (after - large).norm() < 0.05 * (large - before).norm()
-    assert 0 < loss < 2
-    assert 0 <= dice <= 1
 
 
 def test_loss_and_dice_of_an_epoch_are_those_of_its_patches(conv_step):
@@ -132,9 +126,8 @@ def test_average_follows_weights_and_batchnorm_after_every_step(tiny_config):
     assert len(seen) == 3
     for now in seen:
         average = 0.6 * average + 0.4 * now
-    torch.testing.assert_close(values(state.average), average, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(values(state.kept), average, atol=1e-6, rtol=1e-4)
     assert (average - values(model)).abs().max() > 0.01
-    assert state.kept is state.average
 
 
 # -------------------------------------------------------------------------------------- arithmetic
@@ -165,10 +158,8 @@ def gradient_errors(cfg, batch):
     of the output that the layer had in the step.
     """
     model, found, errors = train_pvs.build_model(cfg), {}, {}
-    layers = {
-        n: m for n, m in model.named_modules() if isinstance(m, nn.Conv3d | nn.ConvTranspose3d)
-    }
-    hooks = []
+    kinds, hooks = nn.Conv3d | nn.ConvTranspose3d, []
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
     for name, layer in layers.items():
         kept = found.setdefault(name, {})
 
@@ -207,19 +198,13 @@ def test_bfloat16_gradients_of_every_layer_are_right_where_it_is_used(tiny_confi
         assert max(errors.values()) > 1e-5  # it was bfloat16
 
 
-@pytest.fixture
-def prepared(data, tiny_config, tmp_path):
-    """Return the tiny Config of four prepared subjects, and their split."""
-    cfg = tiny_config(DATA_DIR=str(data), OUTPUT_DIR=str(tmp_path / "out"), EPOCHS=2)
-    cases = train_pvs.prepare_cases(train_pvs.find_cases(cfg), cfg)
-    return cfg, train_pvs.split_cases(cases, cfg)
-
-
 def test_equal_runs_and_a_resumed_one_are_equal_bit_by_bit_with_or_without_workers(
-    prepared, tmp_path
+    data, tiny_config, tmp_path
 ):
     """In bfloat16 too, where the processor has it."""
-    cfg, split = prepared
+    cfg = tiny_config(DATA_DIR=str(data), OUTPUT_DIR=str(tmp_path / "out"), EPOCHS=2)
+    cases = train_pvs.prepare_cases(train_pvs.find_cases(cfg), cfg)
+    split = train_pvs.split_cases(cases, cfg)
 
     def finish(name, last=None, **settings):
         changed, run = train_pvs.replace(cfg, **settings), train_pvs.Run(tmp_path / name)
@@ -314,8 +299,9 @@ def fit(tiny_config, tmp_path):
 
 
 def test_run_is_not_stopped_while_the_dice_never_left_0_and_that_is_told_once(fit, messages):
-    history, _ = fit(Scripted([0] * 50), EPOCHS=50, EARLY_STOPPING=3)
+    history, run = fit(Scripted([0] * 50), EPOCHS=50, EARLY_STOPPING=3)
     assert len(history) == 50
+    assert train_pvs.read_checkpoint(run.best)["history_row"]["epoch"] == 1
     assert "Stopped early" not in messages.text
     told = {r.getMessage() for r in messages.records if r.levelname == "WARNING"}
     assert len(told) == 1
@@ -336,24 +322,31 @@ def test_run_stops_after_so_many_validations_without_a_better_dice(fit, messages
 
 
 def test_best_weights_and_scores_are_those_of_the_first_validation_with_the_best_dice(fit):
-    model = Scripted((0, 0, 30, 20, 30, 40, 16))
-    history, run = fit(model, EPOCHS=7)
+    found = (0, 0, 30, 20, 30, 16)
+    model = Scripted(found)
+    history, run = fit(model, EPOCHS=6)
     best = train_pvs.read_checkpoint(run.best)
-    assert best["history_row"] == history[5]
-    assert torch.equal(best["model"]["weight"], model.seen[5])
-    assert len({float(weight) for weight in model.seen}) == 7  # training has moved it
-    dices = [2 * n / (n + 64) for n in (0, 0, 30, 20, 30, 40, 16)]
+    assert best["history_row"] == history[2]
+    assert torch.equal(best["model"]["weight"], model.seen[2])
+    assert len({float(weight) for weight in model.seen}) == 6  # training has moved it
+    dices = [2 * n / (n + 64) for n in found]
     assert [row["val_dice"] for row in history] == pytest.approx(dices)
     # 48 of 4096 voxels are missed with a logit of -10; the other ones cost next to nothing.
-    dice_loss = 1 - (2 * 16 + 1) / (16 + 64 + 1)
-    expected = 0.5 * 48 / 4096 * 10 + 0.5 * dice_loss
+    expected = 0.5 * 48 / 4096 * 10 + 0.5 * (1 - (2 * 16 + 1) / (16 + 64 + 1))
     assert history[-1]["val_loss"] == pytest.approx(expected, abs=2e-3)
 
 
+def test_average_of_the_weights_is_what_is_validated_and_kept(fit):
+    model = Scripted([5])
+    _, run = fit(model, EPOCHS=1, EMA_DECAY=0.5, LR=0.1)
+    assert not model.seen  # it was not asked, but its average
+    best, last = train_pvs.read_checkpoint(run.best), train_pvs.read_checkpoint(run.last)
+    assert last["model"]["weight"] < best["model"]["weight"] < 1  # from 1 downwards
+
+
 def test_validation_loss_that_is_not_finite_ends_the_run_without_new_weights(fit, tmp_path):
-    with pytest.raises(
-        FloatingPointError, match=r"validation loss became nan in epoch 2 with sub-1"
-    ):
+    told = "validation loss became nan in epoch 2 with sub-1"
+    with pytest.raises(FloatingPointError, match=told):
         fit(Scripted((5, -1)), EPOCHS=3)
     content = train_pvs.read_checkpoint(tmp_path / "out" / "checkpoints" / "best_model.pth")
     assert content["history_row"]["epoch"] == 1
@@ -393,11 +386,9 @@ def test_training_ends_with_a_validated_epoch_when_its_minutes_are_over(fit, mes
             time.sleep(0.1)
             return super().forward(image)
 
-    history, _ = fit(Slow(range(1, 50)), EPOCHS=40, VAL_EVERY=100, MAX_MINUTES=0.35 / 60)
+    history, _ = fit(Slow(range(1, 50)), EPOCHS=40, VAL_EVERY=100, MAX_MINUTES=0.6 / 60)
     seconds = [row["seconds"] for row in history]
-    assert sum(seconds) >= 0.35 > sum(seconds[:-1])
-    assert 2 <= len(history) <= 4
-    assert [row["val_dice"] is not None for row in history] == [
-        True, *[False] * (len(history) - 2), True
-    ]  # fmt: skip
+    assert sum(seconds) >= 0.6 > sum(seconds[:-1])
+    validated = {row["epoch"] for row in history if row["val_dice"] is not None}
+    assert validated == {1, len(history)} != {1, 40}
     assert "Stopped after" in messages.text
