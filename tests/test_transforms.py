@@ -201,6 +201,12 @@ def test_batches_are_a_function_of_seed_and_epoch_with_workers_and_without(
             assert (type(batch[key]), batch[key].dtype) == (torch.Tensor, torch.float32)
             assert batch[key].shape == shape
         assert set(batch["label"].unique().tolist()) <= {0, 1}
+    epochs = [
+        {n: p for b in pair for n, p in zip(b["name"], b["image"], strict=True)}
+        for pair in (one[:2], one[2:4])
+    ]
+    assert [*epochs[0]] != [*epochs[1]]  # in another order
+    assert not any(torch.equal(epochs[0][name], epochs[1][name]) for name in epochs[0])
     assert not torch.equal(*one[0]["image"][:2])  # the crops of one volume
     assert same(one[0], one[4])
     assert not same(one[0], one[2])
