@@ -433,7 +433,7 @@ def test_training_starts_from_a_checkpoint_whose_scans_are_not_tested_on(
 ):
     for number in range(1, 5):
         make_subject(data, f"sub-{number:03d}", seed=20 + number)
-    flags = ("--init-from", finished.best, "--seed", 5, "--batchnorm-momentum", 1)
+    flags = ("--init-from", finished.best, "--seed", 5, "--batchnorm-momentum", 0.9)
     nothing = ("--lr", 1e-9, "--weight-decay", 0)
     status, out, err = run(*flags, *nothing, "--no-amp")
     assert status == 0, err
