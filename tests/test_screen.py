@@ -5,12 +5,14 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import sys
 import termios
 import time
 
 import pyte
+import pytest
 import tqdm.std
 
 import train_pvs
@@ -28,30 +30,61 @@ def live(argv, terminal):
     sys.exit(train_pvs.main(argv))
 
 
+@pytest.fixture
+def show(nursery):
+    """Run on a terminal of 110 columns; returns what was written, exit status, rows at the end.
+
+    It is interrupted when the file `stop` is there.
+    """
+
+    def start(*argv, stop=None):
+        master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", ROWS, COLUMNS, 0, 0))
+        process = nursery.Process(target=live, args=([*map(str, argv)], os.ttyname(slave)))
+        process.start()
+        written, end = b"", time.monotonic() + 100
+        while process.is_alive() or select.select([master], [], [], 0)[0]:
+            if select.select([master], [], [], 0.05)[0]:
+                written += os.read(master, 65536)
+            if stop and stop.exists():
+                os.kill(process.pid, signal.SIGINT)
+                stop = None
+            if time.monotonic() > end:
+                process.kill()
+        os.close(master)
+        os.close(slave)
+        screen = pyte.Screen(COLUMNS, ROWS)
+        pyte.ByteStream(screen).feed(written)
+        rows = [row.rstrip() for row in screen.display if row.strip()]
+        return written.decode(), process.exitcode, rows
+
+    return start
+
+
+def rows_of(log):
+    """Return the rows that the lines of a log fill on the terminal."""
+    lines = log.read_text().splitlines()
+    pieces = [line[at : at + COLUMNS] for line in lines for at in range(0, len(line), COLUMNS)]
+    return [piece.rstrip() for piece in pieces if piece.strip()]
+
+
 def test_log_lines_are_whole_and_begin_at_the_left_of_a_terminal_with_progress_bars(
-    nursery, finished, tmp_path
+    show, finished, tmp_path
 ):
-    places = ["--data-dir", str(finished.data), "--output-dir", str(tmp_path)]
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", ROWS, COLUMNS, 0, 0))
-    argv = [*places, *TINY, *LEARNING, "--test-fraction", "0.3"]
-    process = nursery.Process(target=live, args=(argv, os.ttyname(slave)))
-    process.start()
-    written = b""
-    while process.is_alive() or select.select([master], [], [], 0)[0]:
-        if select.select([master], [], [], 0.1)[0]:
-            written += os.read(master, 65536)
-    os.close(master)
-    os.close(slave)
-    assert process.exitcode in (0, 1), written.decode()
-    bars = set(re.findall(r"(caching|training|validation|testing): .*?%\|", written.decode()))
+    argv = ["--data-dir", finished.data, *TINY, *LEARNING, "--test-fraction", 0.3]
+    written, status, rows = show(*argv, "--output-dir", tmp_path / "whole")
+    assert status in (0, 1), written
+    bars = set(re.findall(r"(caching|training|validation|testing): .*?%\|", written))
     assert len(bars) >= 3
-    screen = pyte.Screen(COLUMNS, ROWS)
-    pyte.ByteStream(screen).feed(written)
-    shown = [row.rstrip() for row in screen.display if row.strip()]
-    log = (tmp_path / "logs" / "train.log").read_text().splitlines()
-    pieces = [line[at : at + COLUMNS] for line in log for at in range(0, len(line), COLUMNS)]
-    assert shown == [piece.rstrip() for piece in pieces if piece.strip()]
+    assert rows == rows_of(tmp_path / "whole" / "logs" / "train.log")  # of bars nothing is left
+
+    stop = tmp_path / "broken" / "checkpoints" / "last.pth"
+    argv += ["--epochs", 999, "--cache-dir", tmp_path / "whole" / "cache"]
+    written, status, rows = show(*argv, "--output-dir", tmp_path / "broken", stop=stop)
+    assert status == 130, written
+    rows = [row for row in rows if not re.match(r"epoch \d+, \w+: .*%\|", row)]
+    assert rows == rows_of(tmp_path / "broken" / "logs" / "train.log")
+    assert rows[-1].startswith("Interrupted (SIGINT). Go on with the same command")
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(
