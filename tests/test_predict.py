@@ -266,16 +266,6 @@ def test_weights_come_from_the_output_folder_else_the_default_folder(copied, tmp
     assert masks_below(tmp_path / "new") == [f"sub-scan/anat/sub-scan{MASK}"]
 
 
-def test_settings_of_the_training_are_refused_where_they_differ(predict, finished, tmp_path):
-    scan = save_nifti(tmp_path / "scan.nii.gz", head())
-    status, _, err = predict(scan, "--pix-dim", 1, 1, 2, "--decoder-width", 8, "--lr", "3e-3")
-    assert status == 2
-    assert f"  PIX_DIM: {finished.best} has 1.0 1.0 1.0, " in err
-    assert f"  DECODER_WIDTH: {finished.best} has 2, " in err
-    assert " LR:" not in err
-    assert not (tmp_path / "out").exists()
-
-
 # ---------------------------------------------------------------------------------------- evaluate
 
 
