@@ -1,9 +1,14 @@
 """Small data sets and settings that make the whole pipeline run in seconds."""
 
+import contextlib
+import io
+import json
 import logging
 import multiprocessing.forkserver
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +26,9 @@ TINY = (
     "--img-patch-size 16 16 16 --pix-dim 1 1 1 --crops-per-volume 2 --batch-size 1 --epochs 1 "
     "--num-workers 0 --device cpu --head-bias-log-odds --batchnorm-momentum 0.1"
 ).split()
+# BatchNorm that keeps up with the last batch and a fast start: four epochs find some of the PVS.
+LEARNING = "--epochs 4 --lr 3e-3 --batchnorm-momentum 0.9 --no-amp".split()
+MACHINE = "--device cpu --num-workers 0".split()  # of commands that take the rest from weights
 
 
 def save_nifti(path, data, affine=None):
@@ -52,6 +60,32 @@ def make_subject(folder, subject, shape=(24, 28, 20), seed=0):
     save_nifti(label_path(folder, subject), label)
 
 
+def call(*argv):
+    """Call main; return (status, stdout, stderr)."""
+    screen, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(errors):
+        status = train_pvs.main([str(word) for word in argv])
+    return status, screen.getvalue(), errors.getvalue()
+
+
+def snapshot(folder, without=()):
+    """Return the content of every file below a folder, by path in it; `without`: file names."""
+    files = (p for p in Path(folder).rglob("*") if p.is_file() and p.name not in without)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def scores(out):
+    """Return the content of a run's file of test scores."""
+    return json.loads((out / "logs" / "comprehensive_test_metrics.json").read_text())
+
+
+def about(data, out):
+    """Return what tests want to know of a run's folders."""
+    best = out / "checkpoints" / "best_model.pth"
+    split = json.loads((out / "logs" / "split.json").read_text())
+    return SimpleNamespace(data=data, out=out, best=best, split=split, scores=scores(out))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
     """Let what was printed be of letters that xdist can send: file names may hold others."""
@@ -74,6 +108,40 @@ def nursery():
     return context
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run over six subjects that has learned something; nothing may change its folders.
+
+    Has data, out, best (checkpoint), split, scores; status, screen and errors of the call.
+    """
+    folder = tmp_path_factory.mktemp("finished")
+    for number in range(1, 7):
+        make_subject(folder / "data", f"sub-{number:03d}", seed=number)
+    description = folder / "data" / "dataset_description.json"
+    description.write_text('{"Name": "Simulated heads of a test", "BIDSVersion": "1.9.0"}')
+    parts = ("--test-fraction", 0.3, "--val-fraction", 0.25)  # 3 train, 1 val, 2 test
+    places = ("--data-dir", folder / "data", "--output-dir", folder / "out")
+    status, screen, errors = call(*places, *TINY, *LEARNING, *parts)
+    assert status == 0, errors
+    run = about(folder / "data", folder / "out")
+    run.status, run.screen, run.errors = status, screen, errors
+    return run
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The finished run and its data in folders that a test may change."""
+    shutil.copytree(finished.out, tmp_path / "run")
+    shutil.copytree(finished.data, tmp_path / "moved")
+    return about(tmp_path / "moved", tmp_path / "run")
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Leave out the drawing of figures, which takes most of so short a run."""
+    monkeypatch.setattr(train_pvs.plt.Figure, "savefig", lambda self, file, **_: file.write(b"-"))
+
+
 @pytest.fixture
 def data(tmp_path):
     """A BIDS folder with four subjects of 24 x 28 x 20 voxels of 1 mm."""
@@ -88,10 +156,7 @@ def run(tmp_path, capsys):
 
     def call(*flags, data=tmp_path / "data", out=tmp_path / "out"):
         argv = ["--data-dir", str(data), "--output-dir", str(out), *TINY, *map(str, flags)]
-        try:
-            status = train_pvs.main(argv)
-        except SystemExit as error:  # argparse's own
-            status = error.code
+        status = train_pvs.main(argv)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 

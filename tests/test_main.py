@@ -1,127 +1,69 @@
-"""The script as a whole: a run's files, what it refuses, the demo, the README."""
+"""The script as a whole: what a run writes, what it refuses, the demo, the documents."""
 
-import contextlib
-import io
+import importlib.util
 import json
 import re
 import shlex
 import subprocess
 import sys
+import threading
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
-from torch import nn
 
 import train_pvs
-from conftest import TINY, image_path, label_path, make_subject
+from conftest import MACHINE, TINY, call, image_path, label_path, scores, snapshot
 
 SCRIPT = Path(train_pvs.__file__)
-README = SCRIPT.with_name("README.md")
+DOCUMENTS = [SCRIPT.with_name("README.md"), *sorted(SCRIPT.with_name("docs").glob("*.md"))]
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+LOGS = (".lock", "train.log", "check.log")
+
+# ---------------------------------------------------------------------------------- A run's files
 
 
-def snapshot(folder):
-    """Return the content of every file below a folder, the log's, lock's and cache's apart."""
-    files = (p for p in Path(folder).rglob("*") if p.is_file() and p.parent.name != "cache")
-    return {p: p.read_bytes() for p in files if p.name not in ("train.log", ".lock")}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One run over four subjects, two of them for the test, that call themselves simulated."""
-    folder = tmp_path_factory.mktemp("finished")
-    for number in range(1, 5):
-        make_subject(folder / "data", f"sub-{number:03d}", seed=number)
-    description = folder / "data" / "dataset_description.json"
-    description.write_text('{"Name": "Simulated heads of a test"}')
-    flags = ["--data-dir", str(folder / "data"), "--output-dir", str(folder / "out")]
-    screen, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(errors):
-        status = train_pvs.main([*flags, *TINY, "--epochs", "2", "--test-fraction", "0.5"])
-    return SimpleNamespace(
-        data=folder / "data",
-        out=folder / "out",
-        status=status,
-        screen=screen.getvalue(),
-        errors=errors.getvalue(),
-        metrics=json.loads((folder / "out/logs/comprehensive_test_metrics.json").read_text()),
-        split=json.loads((folder / "out/logs/split.json").read_text()),
-    )
-
-
-def test_run_writes_all_its_files(finished):
-    assert finished.status in (0, 1)
-    test = finished.split["test"]
-    assert len(test) == 2
-    cases = {f"multi_plane/{subject}.png" for subject in test}
+def test_run_writes_its_files_and_no_others(finished):
     mask = "predictions/{0}/anat/{0}_label-PVS_desc-unetpp_mask.nii.gz"
-    cases |= {mask.format(subject) for subject in test}
-    assert {str(path.relative_to(finished.out)) for path in snapshot(finished.out)} == cases | {
-        "checkpoints/best_model.pth",
-        "checkpoints/last.pth",
-        "logs/training_history.json",
-        "logs/split.json",
-        "logs/comprehensive_test_metrics.json",
-        "logs/test_metrics.csv",
-        "predictions/dataset_description.json",
-        "test_set_visualization_grid_300dpi.jpg",
-        "agreement.jpg",
-        "training_curves.jpg",
+    tested = finished.split["test"]
+    assert tested == [row["subject"] for row in finished.scores["subjects"]]
+    assert len(tested) == 2
+    found = [name for name in snapshot(finished.out) if not name.startswith("cache/")]
+    assert sorted(found) == sorted(
+        [
+            *(mask.format(subject) for subject in tested),
+            *(f"multi_plane/{subject}.png" for subject in tested),
+            *("checkpoints/best_model.pth", "checkpoints/last.pth"),
+            *("logs/.lock", "logs/train.log", "logs/training_history.json", "logs/split.json"),
+            *("logs/comprehensive_test_metrics.json", "logs/test_metrics.csv"),
+            *("logs/participants_pvs.csv",) * (finished.out / "logs/participants_pvs.csv").exists(),
+            *("predictions/dataset_description.json", "test_set_visualization_grid_300dpi.jpg"),
+            *("agreement.jpg", "training_curves.jpg"),
+        ]
+    )
+    assert len(list((finished.out / "cache").iterdir())) == 6  # one a scan
+    starts = {".png": b"\x89PNG", ".jpg": b"\xff\xd8\xff"}
+    pictures = [path for path in finished.out.rglob("*") if path.suffix in starts]
+    assert len(pictures) == 5
+    assert [p for p in pictures if not p.read_bytes().startswith(starts[p.suffix])] == []
+
+
+def test_files_hold_the_documented_keys(finished):
+    four = ("dice", "iou", "precision", "recall")
+    summary = {"mean", "sd", "median", "q1", "q3", "ci95", "n", "undefined"}
+    assert set(finished.scores) == {
+        *(f"{name}_{kind}" for name in four for kind in ("mean", "std")),
+        *("data_set", "grid", "n", "empty_masks", "subjects", "config", "versions"),
+        *("working", "native", "roundtrip", "lesions", "burden", "boundary"),
+        *("checkpoint", "device", "date"),
     }
-    assert (finished.out / "logs" / "train.log").exists()
-
-
-def test_log_file_holds_what_the_screen_showed_and_no_progress_bars(finished):
-    text = (finished.out / "logs" / "train.log").read_text()
-    assert text.startswith(finished.screen)
-    assert "Test scores" in text
-    assert "\r" not in text
-    assert "%|" not in text
-    assert ("No PVS were learned" in text) == (finished.status == 1)
-
-
-def test_metrics_file_holds_the_documented_keys(finished):
-    assert set(finished.metrics) == {
-        "data_set",
-        "grid",
-        "n",
-        "dice_mean",
-        "dice_std",
-        "iou_mean",
-        "iou_std",
-        "precision_mean",
-        "precision_std",
-        "recall_mean",
-        "recall_std",
-        "empty_masks",
-        "working",
-        "native",
-        "roundtrip",
-        "lesions",
-        "burden",
-        "boundary",
-        "subjects",
-        "config",
-        "versions",
-        "checkpoint",
-        "device",
-        "date",
-    }
-    assert finished.metrics["n"] == 2
-    assert finished.metrics["grid"] == "working grid, RAS, 1 x 1 x 1 mm"
-    assert finished.metrics["device"] == "cpu"
-    assert finished.metrics["config"]["EPOCHS"] == 2
-    assert datetime.fromisoformat(finished.metrics["date"]).tzinfo is not None
-    assert [row["subject"] for row in finished.metrics["subjects"]] == finished.split["test"]
-    for row in finished.metrics["subjects"]:
-        assert {*row} == {
-            *("name", "subject", "dice", "iou", "precision", "recall"),
-            *("working_label_voxels", "working_pred_voxels"),
+    for row in finished.scores["subjects"]:
+        assert set(row) == {
+            *("name", "subject", *four, "working_label_voxels", "working_pred_voxels"),
             *("native_dice", "native_iou", "native_precision", "native_recall", "roundtrip_dice"),
             *("count_label", "count_pred", "count_error", "count_error_percent"),
             *(f"matched_{side}_{rule}" for side in ("label", "pred") for rule in ("any", "iou")),
@@ -130,247 +72,278 @@ def test_metrics_file_holds_the_documented_keys(finished):
             *("volume_ml_label", "volume_ml_pred", "volume_ml_error", "volume_ml_error_percent"),
             *("nsd_voxel", "nsd_1mm", "hd95_mm", "one_mask_empty"),
         }
-
-
-def test_published_standard_deviations_are_those_of_the_cases_themselves(
-    finished, tmp_path, tiny_config
-):
-    # Dice 0.2 and 0.6: mean 0.4, each 0.2 off it; an estimate for all people would say 0.283.
-    scores = [dict.fromkeys(("dice", "iou", "precision", "recall"), dice) for dice in (0.2, 0.6)]
-    rows = [row | new for row, new in zip(finished.metrics["subjects"], scores, strict=True)]
-    train_pvs.write_test_metrics(tmp_path, rows, {}, nn.Conv3d(1, 1, 1), tiny_config())
-    metrics = json.loads((tmp_path / "comprehensive_test_metrics.json").read_text())
-    for name in ("dice", "iou", "precision", "recall"):
-        assert metrics[f"{name}_mean"] == pytest.approx(0.4)
-        assert metrics[f"{name}_std"] == pytest.approx(0.2)
-
-
-def test_output_list_of_the_readme_is_what_a_run_writes(finished):
-    block = README.read_text(encoding="utf-8").split("outputs_3d/\n", 1)[1].split("```", 1)[0]
-    listed = [line.split()[0] for line in block.splitlines() if line.strip()]
-    covered = set()
-    for name in listed:
-        found = list(finished.out.glob(name.replace("sub-XXX", "sub-*").rstrip("/")))
-        assert found, name
-        covered |= {p for path in found for p in (path, *path.rglob("*"))}
-    assert set(snapshot(finished.out)) <= covered
-
-
-def test_history_has_a_row_an_epoch_with_the_documented_keys(finished):
+    assert set(finished.scores["native"]["dice"]) == summary
+    assert set(finished.scores["lesions"]["any"]["f1"]) == summary
+    assert finished.scores["n"] == 2
+    assert finished.scores["grid"] == "working grid, RAS, 1 x 1 x 1 mm"
+    assert finished.scores["data_set"] == "Simulated heads of a test"
+    assert finished.scores["device"] == "cpu"
+    assert finished.scores["config"]["EPOCHS"] == 4
+    assert datetime.fromisoformat(finished.scores["date"]).tzinfo is not None
+    for name in four:  # of two numbers the SD with ddof 0 is half of their difference
+        one, two = (row[name] for row in finished.scores["subjects"])
+        assert finished.scores[f"{name}_mean"] == pytest.approx((one + two) / 2)
+        assert finished.scores[f"{name}_std"] == pytest.approx(abs(one - two) / 2)
     history = json.loads((finished.out / "logs" / "training_history.json").read_text())
-    assert [row["epoch"] for row in history] == [1, 2]
-    for row in history:
-        assert {*row} == {
-            *("epoch", "train_loss", "train_dice", "val_loss", "val_dice", "lr", "seconds")
-        }
-
-
-def test_no_subject_is_in_two_parts_of_the_split(finished):
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+    wanted = {"epoch", "train_loss", "train_dice", "val_loss", "val_dice", "lr", "seconds"}
+    assert all(set(row) == wanted for row in history)
+    best = torch.load(finished.best, weights_only=True)
+    assert set(best) >= {"model", "config", "working_grid", "versions", "sha256", "history_row"}
+    assert best["history_row"]["val_dice"] == max(row["val_dice"] for row in history) > 0
     subjects = [subject for part in finished.split.values() for subject in part]
     assert set(finished.split) == {"train", "val", "test"}
-    assert sorted(subjects) == ["sub-001", "sub-002", "sub-003", "sub-004"]
+    assert sorted(subjects) == [f"sub-{number:03d}" for number in range(1, 7)]  # each once
 
 
-def test_simulated_data_is_called_so_in_table_and_file(finished):
-    table = finished.screen[finished.screen.index("Test scores") :]
-    assert "Simulated heads of a test" in table
-    assert finished.metrics["data_set"] == "Simulated heads of a test"
+def test_log_holds_what_the_screen_showed_and_no_progress(finished):
+    text = (finished.out / "logs" / "train.log").read_text()
+    assert text == finished.screen
+    assert finished.errors == ""
+    assert not {"\r", "%|"} & set(re.findall(r"\r|%\|", text))
+    table = text[text.index("Test scores of 2 scans, Simulated heads of a test") :]
+    for row in finished.scores["subjects"]:
+        assert re.search(rf"^{row['name']} .* {row['native_dice']:.4f} ", table, re.MULTILINE)
+    rows = re.findall(r"^ +([1-4]) +\d\.\d{4} .*$", text, re.MULTILINE)
+    assert rows == ["1", "2", "3", "4"]
+    assert text.splitlines()[-1] == f"Scores and figures are in {finished.out}"
 
 
-def test_results_are_not_overwritten(finished, run):
-    before = snapshot(finished.out)
-    status, _, err = run(data=finished.data, out=finished.out)
+# ------------------------------------------------------------------- No overwriting, --overwrite
+
+
+def test_results_are_refused_and_check_leaves_them_alone(copied, run):
+    before = snapshot(copied.out, ["check.log"])
+    status, _, err = run(data=copied.data, out=copied.out)
     assert status == 2
-    assert str(finished.out / "checkpoints" / "last.pth") in err
-    assert "--overwrite" in err
-    assert snapshot(finished.out) == before
+    assert err.startswith(f"Error: {copied.out}")
+    for way in ("--output-dir", "--overwrite", "--resume"):
+        assert way in err
+    assert run("--check", data=copied.data, out=copied.out)[0] == 0
+    after = snapshot(copied.out, ["check.log"])
+    assert {name: after[name] for name in before} == before
+    assert {Path(name).parent.name for name in set(after) - set(before)} <= {"cache"}
 
 
-def test_check_leaves_results_alone(finished, run):
-    before = snapshot(finished.out)
-    assert run("--check", data=finished.data, out=finished.out)[0] == 0
-    assert snapshot(finished.out) == before
+def test_overwrite_replaces_results_and_log_but_no_files_of_others(copied, no_figures):
+    mask = "predictions/sub-999/anat/sub-999_label-PVS_desc-other_mask.nii.gz"
+    mine = ("checkpoints/mine.pth", "multi_plane/mine.png", "logs/mine.txt", "notes.md")
+    for name in (mask, "multi_plane/sub-999.png", *mine):
+        train_pvs.write_file(copied.out / name, "old")
+    places = "--data-dir", copied.data, "--output-dir", copied.out
+    status, out, err = call(*places, *TINY, "--overwrite")
+    assert status in (0, 1), err
+    history = json.loads((copied.out / "logs" / "training_history.json").read_text())
+    assert len(history) == 1
+    assert not (copied.out / "predictions" / "sub-999").exists()
+    assert not (copied.out / "multi_plane" / "sub-999.png").exists()
+    assert [(copied.out / name).read_text() for name in mine] == ["old"] * len(mine)
+    log = (copied.out / "logs" / "train.log").read_text()
+    assert log.startswith(out)
+    assert str(copied.out) in log
+    assert "Simulated heads of a test" in log
 
 
-def test_results_are_replaced_with_overwrite(data, run, tmp_path):
-    old = tmp_path / "out" / "checkpoints" / "best_model.pth"
-    train_pvs.write_file(old, "old")
-    train_pvs.write_file(tmp_path / "out" / "multi_plane" / "sub-999.png", "old")
-    assert run("--overwrite")[0] in (0, 1)
-    assert torch.load(old, weights_only=True)["history_row"]["epoch"] == 1
-    assert not (tmp_path / "out" / "multi_plane" / "sub-999.png").exists()
+def test_no_result_outlives_the_weights_that_overwrite_gives_up(copied, monkeypatch):
+    real = train_pvs.os.replace
+
+    def replace(source, target):
+        if Path(target).name == "best_model.pth":
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(train_pvs.os, "replace", replace)
+    places = "--data-dir", copied.data, "--output-dir", copied.out
+    assert call(*places, *TINY, "--overwrite")[0] == 1
+    left = {name for name in snapshot(copied.out, LOGS) if not name.startswith("cache/")}
+    assert left <= {"logs/split.json", "predictions/dataset_description.json"}
 
 
-def test_results_do_not_outlive_the_weights_that_overwrite_gives_up(
+# ------------------------------------------------------------------------------------- --check
+
+
+def test_check_needs_no_weights_and_no_network_and_says_what_a_run_would_use(
     data, run, monkeypatch, tmp_path
 ):
-    names = (
-        "checkpoints/best_model.pth",
-        "logs/comprehensive_test_metrics.json",
-        "logs/training_history.json",
-        "test_set_visualization_grid_300dpi.jpg",
-        "training_curves.jpg",
-    )
-    for name in names:
-        train_pvs.write_file(tmp_path / "out" / name, "old")
-    monkeypatch.setattr(train_pvs, "loss_function", lambda logits, label: logits.mean() / 0)
-    assert run("--overwrite")[0] == 1
-    assert [name for name in names if (tmp_path / "out" / name).exists()] == []
+    def offline(*_, **__):
+        raise OSError("no network")
 
-
-@pytest.mark.parametrize("name", ["checkpoints/mine.pth", "multi_plane/mine.png"])
-def test_files_of_others_in_the_output_folder_survive(name, data, run, monkeypatch, tmp_path):
-    monkeypatch.setattr(train_pvs, "evaluate", lambda *_: None)
-    train_pvs.write_file(tmp_path / "out" / name, "mine")
-    run()
-    assert (tmp_path / "out" / name).read_text() == "mine"
-
-
-def test_check_trains_nothing_and_says_what_a_run_would_use(data, run, monkeypatch, tmp_path):
-    monkeypatch.setattr(train_pvs, "train_and_test", lambda *_: pytest.fail("trained"))
-    status, out, _ = run("--check")
-    assert status == 0
-    assert not (tmp_path / "out" / "checkpoints").exists()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    flags = ("--encoder-weights", "imagenet", "--pix-dim", 2, 2, 2)
+    status, out, err = run("--check", *flags)
+    assert (status, err) == (0, "")
     for line in (
-        r"Scans +2 train, 1 val, 1 test",
-        r"Grid +working grid, RAS, 1 x 1 x 1 mm",
-        r"Network +UNet\+\+ with efficientnet-b0, 4\.8 M parameters",
+        r"Scans +2 train, 1 val, 1 test$",
+        r"Grid +working grid, RAS, 2 x 2 x 2 mm$",
+        r"Network +UNet\+\+ with efficientnet-b0, 4\.8 M parameters$",
         r"Device +cpu, arithmetic in \w+",
+        r" +BATCH_SIZE +1$",  # every setting
+        r" +GRAD_CLIP +1\.0$",
+        r".*coarser than the scans, 8\.0 times in voxel volume.*--pix-dim 1 1 1 ",
+        r".*Nothing was trained.*",
     ):
-        assert re.search(line, out)
+        assert re.search(rf"^{line}", out, re.MULTILINE), line
+    made = [name for name in snapshot(tmp_path / "out", [".lock"]) if "cache/" not in name]
+    assert made == ["logs/check.log"]
+    left = out[out.index("Nothing was trained") :]  # it says what it leaves
+    assert str(tmp_path / "out" / "cache") in left
+    assert "check.log" in left
 
 
-@pytest.mark.parametrize(
-    ("error", "expected"), [(KeyboardInterrupt(), 130), (OSError("no space left"), 1)]
-)
-def test_failures_end_in_a_line_and_a_status(error, expected, data, run, monkeypatch):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(train_pvs, "train_and_test", fail)
-    status, _, err = run()
-    assert status == expected
-    way_on = "No epoch was finished: run the same command again, with --overwrite."
-    told = f"Interrupted (SIGINT). {way_on}\n" if expected == 130 else f"no space left\n{way_on}\n"
-    assert err.removeprefix("Error: ") == told
+# ----------------------------------------------------------------------- Failures, exit statuses
 
 
-def run_script(*flags, folder):
-    command = [sys.executable, str(SCRIPT), *map(str, flags)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+def test_mistakes_end_with_status_2_and_one_line_before_anything_is_written(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    weights = str(finished.best)
+    wrong = []
+    for line, told in {
+        "--no-such-flag": "unrecognized arguments: --no-such-flag",
+        "--batch": "unrecognized arguments: --batch",  # no abbreviations
+        "--recipe best": "invalid choice: 'best'",
+        "--epochs": "expected one argument",
+        "--evaluate --predict scan.nii": "not allowed with",
+        "--check --resume": "not allowed with",
+        "--demo --recipe native": "not allowed with",
+        "--predict": "expected at least one argument",
+        f"--checkpoint {weights}": "--checkpoint: expected ",
+        "--demo --data-dir empty": "DATA_DIR: ",
+        "--epochs 0": "EPOCHS: expected ",
+        "--lr fast": "LR: expected a number",
+        "--data-dir out --output-dir ./out": "OUTPUT_DIR: expected another folder",
+        "--data-dir gone": "gone: ",
+        "--resume --output-dir out": "out/checkpoints/last.pth: expected ",
+        "--evaluate": "checkpoints/best_model.pth: expected ",
+        f"--evaluate --data-dir gone --checkpoint {weights}": "gone: ",
+        f"--evaluate --lr 5 --checkpoint {weights}": f"  LR: {weights} has 0.003, ",
+    }.items():
+        status, out, err = call(*line.split(), *MACHINE)
+        if status != 2 or out or told not in err or "Traceback" in err:
+            wrong.append((line, status, err))
+        if not err.startswith("Error: ") or len(re.findall("^Error", err, re.MULTILINE)) != 1:
+            wrong.append((line, err))
+    assert wrong == []
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    status, _, err = call("--batch-size", 0, "--lr", "fast", "--img-patch-size", 20, 20, 20)
+    assert status == 2
+    assert {line.split(":")[0].strip() for line in err.splitlines()[1:]} == {
+        *("BATCH_SIZE", "LR", "IMG_PATCH_SIZE")
+    }
+    status, _, err = call("--data-dir", "empty", "--output-dir", "out", *TINY)
+    assert status == 2
+    assert "aws s3 sync" in err  # how to get the data
+    with pytest.raises(SystemExit) as ended:
+        call("--help")
+    assert ended.value.code == 0
 
 
-def test_script_runs_as_users_start_it(data, tmp_path):
-    result = run_script("--data-dir", data, "--output-dir", "out", *TINY, folder=tmp_path)
+def test_run_that_learns_nothing_ends_with_status_1_and_says_what_to_try(copied, run, no_figures):
+    content = torch.load(copied.best, weights_only=True)
+    content["model"]["segmentation_head.0.bias"] -= 100  # no voxel is PVS
+    torch.save(content | {"sha256": {}}, copied.best)
+    flags = ("--no-head-bias-log-odds", "--batchnorm-momentum", 0, "--lr", 1e-9)
+    status, out, err = run(*flags, "--init-from", copied.best, data=copied.data)
+    assert "Best validation Dice 0.0000 on the working grid, in epoch 1" in out
+    assert status == 1
+    assert err.startswith("No PVS were learned")
+    for flag in ("--head-bias-log-odds", "--batchnorm-momentum 0.1", "--lr"):
+        assert flag in err
+
+
+def test_main_works_in_a_thread(data, tmp_path, no_figures):
+    places = ["--data-dir", str(data), "--output-dir", str(tmp_path / "out")]
+    found = []
+    work = threading.Thread(target=lambda: found.append(train_pvs.main([*places, *TINY])))
+    work.start()
+    work.join()
+    assert found in ([0], [1])
+    assert scores(tmp_path / "out")["n"] == 1
+
+
+# ------------------------------------------------------------------------------ An edited script
+
+
+def test_edited_script_runs_as_users_start_it(data, tmp_path):
+    values = {
+        **{"DATA_DIR": f"Path({str(data)!r})", "OUTPUT_DIR": '"out"', "CACHE_DIR": "None"},
+        **{"PIX_DIM": "1", "IMG_PATCH_SIZE": "[16, 16, 16]", "ENCODER_WEIGHTS": '"none"'},
+        **{"ENCODER_NAME": '"efficientnet-b0"', "ENCODER_DEPTH": "3.0", "DECODER_WIDTH": "2"},
+        **{"EPOCHS": "1", "NUM_WORKERS": "2", "HEAD_BIAS_LOG_ODDS": "True", "DEVICE": '"cpu"'},
+    }
+    text = SCRIPT.read_text(encoding="utf-8")
+    for name, value in values.items():
+        pattern = rf"^(    {name}: \w+ = ).*?(  # .*)$"
+        text, count = re.subn(pattern, rf"\g<1>{value}\g<2>", text, flags=re.MULTILINE)
+        assert count == 1, name
+    path = tmp_path / "mine.py"
+    path.write_text(text, encoding="utf-8")
+    command = [sys.executable, str(path), "--batch-size", "1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode in (0, 1), result.stderr
     assert "Traceback" not in result.stderr
-    last = result.stdout.splitlines()[-1]
-    assert last == f"Scores and figures are in {tmp_path / 'out'}"
     assert ("No PVS were learned" in result.stderr) == (result.returncode == 1)
-    assert (tmp_path / "out" / "checkpoints" / "best_model.pth").exists()
+    assert result.stdout.splitlines()[-1] == f"Scores and figures are in {tmp_path / 'out'}"
+    shown = dict(re.findall(r"^  ([A-Z_]+) +(.+)$", result.stdout, re.MULTILINE))
+    assert shown == {
+        **{"DATA_DIR": str(data), "OUTPUT_DIR": "out", "PIX_DIM": "1.0 1.0 1.0"},
+        **{"IMG_PATCH_SIZE": "16 16 16", "ENCODER_NAME": "efficientnet-b0"},
+        **{"ENCODER_WEIGHTS": "none", "ENCODER_DEPTH": "3", "DECODER_WIDTH": "2"},
+        **{"HEAD_BIAS_LOG_ODDS": "True", "BATCH_SIZE": "1", "EPOCHS": "1"},
+        **{"DEVICE": "cpu", "NUM_WORKERS": "2"},
+    }
+    config = scores(tmp_path / "out")["config"]
+    assert (config["PIX_DIM"], config["ENCODER_DEPTH"], config["CACHE_DIR"]) == ([1, 1, 1], 3, "")
 
 
-def test_script_with_wrong_settings_exits_with_2_and_no_traceback(tmp_path):
-    result = run_script("--batch-size", "0", "--lr", "fast", folder=tmp_path)
-    assert result.returncode == 2
-    assert "BATCH_SIZE" in result.stderr
-    assert "LR" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert list(tmp_path.iterdir()) == []
+# ------------------------------------------------------------------------------------- The demo
 
 
-def small_head(rng):
-    """Stand in for `simulate_head`: noise with one bright tube."""
-    image, mask = rng.normal(400, 10, (20, 20, 20)), np.zeros((20, 20, 20), np.int16)
-    image[:3] = image[-3:] = 0
-    mask[9:11, 9:11, 5:15] = 1
-    return (image + 400 * mask).astype(np.int16), mask.astype(np.uint8)
+def test_demo_makes_its_data_and_says_that_they_are_simulated(no_figures, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_pvs, "DEMO_SUBJECTS", 3)
+    flags = ["--demo", "--output-dir", str(tmp_path), *TINY, *"--pix-dim 4 4 4".split()]
+    status, out, err = call(*flags)
+    assert status in (0, 1), err
+    assert "Test scores of 1 scans, Simulated heads" in out
+    assert scores(tmp_path)["data_set"].startswith("Simulated heads")
+    cfg, _ = train_pvs.parse_command_line(flags)
+    found = [(case.subject, case.image, case.label) for case in train_pvs.find_cases(cfg)]
+    places = [
+        (subject, *(str(place(tmp_path / "data", subject)) for place in (image_path, label_path)))
+        for subject in ("sub-001", "sub-002", "sub-003")
+    ]
+    assert found == places
+    assert len({Path(image).read_bytes() for _, image, _ in places}) == 3  # each is another
 
 
-@pytest.fixture
-def small_demo(monkeypatch):
-    monkeypatch.setattr(train_pvs, "simulate_head", small_head)
-    monkeypatch.setattr(train_pvs, "DEMO_SUBJECTS", 4)
+def test_demo_data_are_a_function_of_the_seed_and_are_made_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_pvs, "DEMO_SUBJECTS", 1)
+    folder, made = tmp_path / "data", []
+    for seed in (1, 2):
+        train_pvs.make_demo_data(folder, seed)
+        made.append(snapshot(folder))
+    assert all(made[0][name] != made[1][name] for name in made[0])
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    train_pvs.make_demo_data(folder, 2)  # they are there
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
+    marker = folder / "dataset_description.json"  # as a run leaves it that was killed
+    marker.write_text(json.dumps({"Name": json.loads(marker.read_text())["Name"]}))
+    image_path(folder, "sub-001").unlink()
+    train_pvs.make_demo_data(folder, 2)
+    assert snapshot(folder) == made[1]
 
 
-@pytest.fixture
-def demo(small_demo, tmp_path, capsys):
-    """Run --demo with the tiny settings and small heads."""
-
-    def call(*flags):
-        argv = ["--demo", "--output-dir", str(tmp_path / "demo"), *TINY, *flags]
-        status = train_pvs.main(argv)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
-
-
-def test_demo_runs_on_data_of_its_own_and_says_that_it_is_simulated(demo, tmp_path):
-    status, out, _ = demo()
-    assert status in (0, 1)
-    assert "Simulated heads" in out[out.index("Test scores") :]
-    metrics = tmp_path / "demo" / "logs" / "comprehensive_test_metrics.json"
-    assert json.loads(metrics.read_text())["data_set"].startswith("Simulated")
-    assert (tmp_path / "demo" / "data" / "sub-001" / "anat" / "sub-001_T2w.nii.gz").exists()
-
-
-def test_demo_data_is_a_bids_tree_whose_scans_and_masks_pair(small_demo, tmp_path, tiny_config):
-    train_pvs.make_demo_data(tmp_path, 1)
-    cases = train_pvs.find_cases(tiny_config(DATA_DIR=str(tmp_path)))
-    assert all(train_pvs.check_headers(case) == ([], []) for case in cases)
-    assert [case["subject"] for case in cases] == ["sub-001", "sub-002", "sub-003", "sub-004"]
-    assert cases[0]["image"] == str(image_path(tmp_path, "sub-001"))
-    assert cases[0]["label"] == str(label_path(tmp_path, "sub-001"))
-    description = json.loads((tmp_path / "dataset_description.json").read_text())
-    assert description["Name"].startswith("Simulated")
-    assert description["BIDSVersion"]
-
-
-def test_demo_data_is_left_alone_the_second_time(small_demo, tmp_path, monkeypatch):
-    train_pvs.make_demo_data(tmp_path / "data", 1)
-    monkeypatch.setattr(train_pvs, "simulate_head", lambda rng: pytest.fail("made again"))
-    train_pvs.make_demo_data(tmp_path / "data", 1)
-
-
-def test_demo_data_is_a_function_of_the_seed_and_remade_for_another(small_demo, tmp_path):
-    scans = []
-    for seed in (1, 2, 1):
-        train_pvs.make_demo_data(tmp_path / "data", seed)
-        paths = [image_path(tmp_path / "data", f"sub-{number:03d}") for number in range(1, 5)]
-        scans.append(np.stack([nib.load(path).get_fdata() for path in paths]))
-    assert np.array_equal(scans[0], scans[2])
-    assert not np.array_equal(scans[0], scans[1])
-    assert not np.array_equal(scans[0][0], scans[0][1])  # each subject is another
-
-
-def test_interrupted_demo_data_is_remade(small_demo, tmp_path, monkeypatch):
-    heads = []
-
-    def interrupted(rng):
-        heads.append(small_head(rng))
-        if len(heads) == 3:
-            raise KeyboardInterrupt
-        return heads[-1]
-
-    monkeypatch.setattr(train_pvs, "simulate_head", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train_pvs.make_demo_data(tmp_path / "data", 1)
-    monkeypatch.setattr(train_pvs, "simulate_head", small_head)
-    assert not image_path(tmp_path / "data", "sub-003").exists()
-    train_pvs.make_demo_data(tmp_path / "data", 1)
-    assert image_path(tmp_path / "data", "sub-003").exists()
-
-
-@pytest.mark.parametrize("name", ["dataset_description.json", "scan.nii.gz"])
-def test_demo_does_not_delete_data_of_others(name, demo, tmp_path):
-    theirs = tmp_path / "demo" / "data" / name
-    train_pvs.write_file(theirs, '{"Name": "Theirs", "BIDSVersion": "1.9.0"}')
-    status, _, err = demo()
-    assert theirs.exists()
-    assert "Theirs" in theirs.read_text()
-    assert status == 2
-    assert str(theirs.parent) in err
+def test_demo_deletes_no_data_of_others(tmp_path):
+    for name in ("dataset_description.json", "scan.nii.gz"):
+        theirs = tmp_path / name / "data" / name
+        train_pvs.write_file(theirs, '{"Name": "Theirs", "BIDSVersion": "1.9.0"}')
+        status, _, err = call("--demo", "--output-dir", tmp_path / name, *TINY)
+        assert status == 2
+        assert f"{theirs.parent}: " in err
+        assert "Theirs" in theirs.read_text()
 
 
 def test_simulated_head_has_bright_labelled_tubes_in_white_matter():
@@ -385,130 +358,62 @@ def test_simulated_head_has_bright_labelled_tubes_in_white_matter():
     # Fluid is at 1.8 to 2.1 of white matter; thin tubes fill their voxels in part.
     assert np.median(image[tubes]) > 1.3 * np.median(image[around])
 
-    again, mask_again = train_pvs.simulate_head(np.random.default_rng(5))
-    assert np.array_equal(image, again)
-    assert np.array_equal(mask, mask_again)
 
-
-def readme_commands():
-    """Return the flags of every command line of the script in a code block of the README."""
-    text = README.read_text(encoding="utf-8") if README.exists() else ""
-    blocks = "".join(re.findall(r"^ *```.*?\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE))
-    lines = blocks.replace("\\\n", " ").splitlines()
-    found = (re.search(r"(?:python3?|torchrun .*) train_pvs\.py(.*)", line) for line in lines)
-    return [shlex.split(match[1], comments=True) for match in found if match]
-
-
-@pytest.mark.skipif(not README.exists(), reason="no README")
-def test_command_lines_of_the_readme_are_valid():
-    commands = readme_commands()
-    assert commands
-    for argv in commands:
-        train_pvs.build_parser().parse_args(argv)  # argparse exits at a flag it does not know
-
-
-def test_native_recipe_runs_with_its_own_network(data, run, tmp_path):
-    small = "--recipe native --encoder-depth 3 --decoder-width 4 --img-patch-size 16 16 16"
-    flags = [*small.split(), "--architecture", "dynunet", "--pix-dim", 0, 0, 0, "--no-amp"]
-    status, out, err = run(*flags)
+def test_native_recipe_runs_with_its_own_network_and_grid(data, run, no_figures, tmp_path):
+    small = "--recipe native --architecture dynunet --decoder-width 4 --pix-dim 0 0 0".split()
+    status, out, err = run(*small)
     assert status in (0, 1), err
     assert "Network         DynUNet, 4 levels, 4 channels at full resolution" in out
     assert "Grid            working grid, RAS, 1 x 1 x 1 mm" in out
-    masks = list((tmp_path / "out" / "predictions").rglob("*_label-PVS_desc-dynunet_mask.nii.gz"))
-    assert len(masks) == 1
-    description = (tmp_path / "out" / "predictions" / "dataset_description.json").read_text()
-    assert "DynUNet" in description
-    machine = ["--device", "cpu", "--num-workers", "0", "--output-dir", str(tmp_path / "out")]
-    assert train_pvs.main(["--evaluate", *machine]) == 0
-    assert run(*flags, "--overwrite")[0] in (0, 1)  # the former masks are given up
+    (mask,) = (tmp_path / "out" / "predictions").rglob("*.nii.gz")
+    assert mask.name.endswith("_label-PVS_desc-dynunet_mask.nii.gz")
+    described = (tmp_path / "out" / "predictions" / "dataset_description.json").read_text()
+    assert "DynUNet" in described
+    before = scores(tmp_path / "out")["subjects"]
+    assert call("--evaluate", *MACHINE, "--output-dir", tmp_path / "out")[0] == 0
+    assert scores(tmp_path / "out")["subjects"] == before
 
 
-# --------------------------------------------------------------------- starting from other weights
+# ---------------------------------------------------------------------------------- The documents
 
 
-@pytest.fixture
-def others(tmp_path, run):
-    """A data set of other heads, and the checkpoint of a network that was trained on it."""
-    for number in range(1, 5):
-        make_subject(tmp_path / "others", f"sub-{number:03d}", seed=10 + number)
-    assert run(data=tmp_path / "others", out=tmp_path / "first")[0] in (0, 1)
-    return tmp_path / "first" / "checkpoints" / "best_model.pth"
+def commands():
+    """Return the arguments of every command line of the script in the documents."""
+    blocks = re.findall(r"^ *```.*?\n(.*?)^ *```", TEXT, re.DOTALL | re.MULTILINE)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`((?:python3?|torchrun) [^`]*)`", TEXT)
+    pattern = r"(?:python3?|torchrun (?:-\S+ )+)\s*train_pvs\.py\b(.*)"
+    found = [match[1] for line in lines for match in re.finditer(pattern, line)]
+    return [shlex.split(re.split(r" (?:&&|;|\|) ", words)[0], comments=True) for words in found]
 
 
-def test_training_starts_from_the_weights_of_a_checkpoint(others, data, run, monkeypatch):
-    seen, real = [], train_pvs.fit
-
-    def fit(model, *args):
-        seen.append({name: value.clone() for name, value in model.state_dict().items()})
-        return real(model, *args)
-
-    monkeypatch.setattr(train_pvs, "fit", fit)
-    status, out, err = run("--init-from", others, "--seed", 5)
-    assert status in (0, 1), err
-    assert f"INIT_FROM             {others}" in out
-    wanted = torch.load(others, weights_only=True)["model"]
-    assert all(torch.equal(seen[0][name], value) for name, value in wanted.items())
-    assert run("--init-from", others, "--seed", 5, "--resume", "--epochs", 2)[0] in (0, 1)
-
-
-def test_checkpoint_of_another_network_to_start_from_is_told_by_what_differs(others, data, run):
-    status, _, err = run("--init-from", others, "--decoder-width", 3, "--encoder-depth", 4)
-    assert status == 2
-    assert f"{others}: of another network than this run's:\n" in err
-    assert "  ENCODER_DEPTH: the checkpoint has 3, now it is 4\n" in err
-    assert "  DECODER_WIDTH: the checkpoint has 2, now it is 3\n" in err
-    status, _, err = run("--init-from", others, "--architecture", "dynunet", "--overwrite")
-    assert status == 2
-    assert "  ARCHITECTURE: the checkpoint has unetplusplus, now it is dynunet\n" in err
+def test_command_lines_of_the_documents_are_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrong, found = [], [argv for argv in commands() if "--help" not in argv]
+    for argv in found:
+        for word in argv:  # files that the reader has
+            if word.endswith((".pth", ".json")):
+                train_pvs.write_file(word, "")
+        try:
+            train_pvs.parse_command_line(argv)
+        except ValueError as error:
+            wrong.append((argv, str(error)))
+    assert wrong == []
+    assert len(found) >= 5
 
 
-def test_scans_that_the_first_weights_know_are_not_tested_on(others, data, run, tmp_path):
-    known = json.loads((others.parents[1] / "logs" / "split.json").read_text())["train"]
-    for path in (image_path, label_path):  # under another name: it is known by its voxels
-        target = path(data, "sub-004")
-        target.write_bytes(path(tmp_path / "others", known[0]).read_bytes())
-    split = {"train": ["sub-001", "sub-002"], "val": ["sub-003"], "test": ["sub-004"]}
-    (tmp_path / "split.json").write_text(json.dumps(split))
-    flags = "--split", tmp_path / "split.json", "--init-from", others
-    status, _, err = run(*flags)
-    assert status == 2
-    told = f"for validation or test, but {others} was trained or chosen with it"
-    assert f"  {image_path(data, 'sub-004')}: {told}\nChoose other subjects with --split," in err
-    assert run(*flags[:2])[0] in (0, 1)
-
-
-def test_scans_of_the_first_training_are_known_to_all_that_start_from_it(
-    others, data, run, tmp_path
-):
-    assert run("--init-from", others, out=tmp_path / "second")[0] in (0, 1)
-    second = tmp_path / "second" / "checkpoints"
-    machine = ["--device", "cpu", "--num-workers", "0", "--output-dir", str(tmp_path / "third")]
-    flags = ["--data-dir", str(tmp_path / "others"), "--checkpoint", str(second / "best_model.pth")]
-    assert train_pvs.main(["--evaluate", *flags, *machine]) == 2
-    names = json.loads((others.parents[1] / "logs" / "split.json").read_text())["train"]
-    split = {"train": ["sub-001", "sub-002"], "val": ["sub-003"], "test": ["sub-004"]}
-    (tmp_path / "split.json").write_text(json.dumps(split))
-    for path in (image_path, label_path):
-        path(data, "sub-004").write_bytes(path(tmp_path / "others", names[0]).read_bytes())
-    for file in ("best_model.pth", "last.pth"):
-        status, _, err = run("--init-from", second / file, "--split", tmp_path / "split.json")
-        assert status == 2
-        assert "was trained or chosen with it" in err
-
-
-def test_checkpoint_to_start_from_is_not_replaced_by_the_run(others, data, run):
-    out = others.parents[1]
-    content = others.read_bytes()
-    status, _, err = run("--init-from", others, "--overwrite", out=out)
-    assert status == 2
-    assert f"{others}: INIT_FROM, which this run would replace; choose another --output-dir" in err
-    assert others.read_bytes() == content
-
-
-@pytest.mark.parametrize("content", [b"", b"no checkpoint"])
-def test_damaged_checkpoint_to_start_from_is_named(content, data, run, tmp_path):
-    path = tmp_path / "weights.pth"
-    path.write_bytes(content)
-    status, _, err = run("--init-from", path)
-    assert status == 2
-    assert err.startswith(f"Error: {path}: expected a checkpoint of this script")
+def test_documents_name_every_file_and_setting_and_show_pictures_that_are_there(finished):
+    names = [Path(name) for name in snapshot(finished.out, [".lock"]) if "cache/" not in name]
+    words = {re.sub(r"^sub-\d+", "", path.name) for path in names}
+    missing = [word for word in words if word not in TEXT]
+    settings = SCRIPT.with_name("docs") / "settings.md"
+    spec = importlib.util.spec_from_file_location("make", settings.with_name("make_settings.py"))
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    assert settings.read_text(encoding="utf-8") == make.settings_page()
+    for field in fields(train_pvs.Config):
+        missing += [] if f"| `{field.name}` |" in TEXT else [field.name]
+    for document in DOCUMENTS:
+        pictures = re.findall(r"!\[.*?\]\((.*?)\)", document.read_text(encoding="utf-8"))
+        missing += [p for p in pictures if not (document.parent / p).is_file()]
+    assert missing == []
