@@ -1,7 +1,9 @@
 """Small data sets and settings that make the whole pipeline run in seconds."""
 
+import importlib.util
 import logging
 import multiprocessing.forkserver
+import re
 import sys
 from pathlib import Path
 
@@ -50,6 +52,25 @@ def make_subject(folder, subject, shape=(24, 28, 20), seed=0):
     image = np.where(radius < 0.9, 400, 5) + 400 * label + rng.normal(0, 10, shape)
     save_nifti(image_path(folder, subject), np.clip(image, 0, None).astype(np.int16))
     save_nifti(label_path(folder, subject), label)
+
+
+def edited_copy(folder, *replacements, **settings):
+    """Import a copy of the script with texts replaced, and settings written into its Config."""
+    text = Path(train_pvs.__file__).read_text()
+    for name, value in settings.items():
+        line = rf"^    {name}: (\w+) = .*?(  # .*)$"
+        text, count = re.subn(line, rf"    {name}: \1 = {value}\2", text, flags=re.MULTILINE)
+        assert count == 1, name
+    for old, new in replacements:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    number = sum(name.startswith("edited_") for name in sys.modules)
+    path = folder / f"edited_{number}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.hookimpl(wrapper=True)
