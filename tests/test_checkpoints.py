@@ -149,10 +149,7 @@ USELESS = [  # words of the message, and what writes the file
     ("FILE: expected finite weights", with_weights(lambda tensor: tensor * NAN)),
     ("FILE: PIX_DIM: expected 3 numbers, got 1.0 1.0", with_settings(PIX_DIM=(1.0, 1.0))),
     ("FILE: PIX_DIM: expected ", with_settings(PIX_DIM=(NAN, 1, 1))),
-    (
-        "FILE: PIX_DIM: expected |FILE: IMAGE_GLOB: expected text",
-        with_settings(PIX_DIM="1 1 1", IMAGE_GLOB=5),
-    ),
+    ("FILE: PIX_DIM: expected |FILE: SPLIT: expected", with_settings(PIX_DIM="1 1 1", SPLIT=5)),
     ("FILE: SEED: expected |FILE: FOLDS: expected a", with_settings(SEED=(1,), FOLDS="many")),
 ]
 
