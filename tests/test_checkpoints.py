@@ -133,8 +133,8 @@ def flip(content):
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-NONE = "FILE: expected a checkpoint of this script, damaged or of another ("
-MISFIT = "FILE: its weights do not fit the network it names ("
+NONE = "FILE: expected a checkpoint of this script"
+MISFIT = "FILE: its weights do not fit"
 NAN = float("nan")
 USELESS = [  # words of the message, and what writes the file
     (NONE, *(other_bytes(lambda c, new=new: new) for new in (b"", b"weights\n", bytes(5000)))),
@@ -146,11 +146,12 @@ USELESS = [  # words of the message, and what writes the file
     (NONE, other(config=[1]), other(sha256=None), other(model=3), other(history_row=None)),
     (MISFIT, other(model={"weight": torch.ones(3)}), other(model={"weight": 3})),
     (MISFIT, with_weights(lambda tensor: tensor[None])),
-    ("FILE: expected finite weights", with_weights(lambda tensor: tensor * NAN)),
-    ("FILE: PIX_DIM: expected 3 numbers, got 1.0 1.0", with_settings(PIX_DIM=(1.0, 1.0))),
+    ("FILE: |NaN", with_weights(lambda tensor: tensor * NAN)),
+]
+UNUSABLE = [  # where its settings count
+    ("FILE: PIX_DIM: expected |got 1.0 1.0", with_settings(PIX_DIM=(1.0, 1.0))),
     ("FILE: PIX_DIM: expected ", with_settings(PIX_DIM=(NAN, 1, 1))),
     ("FILE: PIX_DIM: expected |FILE: SPLIT: expected", with_settings(PIX_DIM="1 1 1", SPLIT=5)),
-    ("FILE: SEED: expected |FILE: FOLDS: expected a", with_settings(SEED=(1,), FOLDS="many")),
 ]
 
 
@@ -160,7 +161,7 @@ def test_useless_checkpoint_is_told_by_its_name_and_runs_no_code(
 ):
     monkeypatch.chdir(tmp_path)
     content, failures, path = content_of(trained, command), [], tmp_path / "weights.pth"
-    for words, *writers in USELESS:
+    for words, *writers in USELESS + (UNUSABLE if command != "init-from" else []):
         for number, write in enumerate(writers):
             write(path, dict(content))
             try:
@@ -181,11 +182,11 @@ def test_useless_checkpoint_is_told_by_its_name_and_runs_no_code(
 def test_checkpoint_that_is_not_there_is_told_with_what_to_do(trained, start, tmp_path, run):
     for command in ("evaluate", "predict"):
         status, _, err = start(command, tmp_path / "none.pth")
-        told = "FILE: no such file, expected a checkpoint; train first, or name one with --checkp"
-        assert (status, told in err) == (2, True)
+        assert status == 2
+        assert re.match("Error: FILE: .*expected a checkpoint.* train first.* --checkpoint", err)
     status, _, err = run("--resume", data=trained / "data")
     assert status == 2
-    assert "last.pth: no such file, nothing to resume; start without --resume" in err
+    assert re.match(r"Error: .*last\.pth: .* without --resume", err)
     copy = shutil.copy(trained / "out/checkpoints/best_model.pth", tmp_path)
     status, _, err = start("resume", copy)  # weights are no state of a run
     assert (status, NONE in err) == (2, True)
@@ -303,8 +304,7 @@ def test_weights_to_start_from_are_refused_where_they_know_the_test_or_do_not_fi
     network = "--decoder-width", 3, "--encoder-name", "efficientnet-b1"
     status, _, err = start("init-from", first, *network, "--check", *split)
     assert status == 2
-    assert "of another network than this run's:\n  DECODER_WIDTH: the checkpoint has 2, now" in err
-    assert "\n  ENCODER_NAME: the checkpoint has efficientnet-b0, now it is efficientnet-b1" in err
+    assert re.search("FILE: .*network.* DECODER_WIDTH, ENCODER_NAME$", err, re.MULTILINE), err
     best = tmp_path / "out" / "checkpoints" / "best_model.pth"
     best.parent.mkdir()
     shutil.copy(first, best)

@@ -212,10 +212,9 @@ NAMES = [  # words of the message, and what gives it
     ("scan_T2w.nii.gz: expected a name with sub-|mask.nii.gz: expected a na", rename_outside_bids),
     ("sub-001_T2w|sub-0.01_T2w|names that differ, both would give sub-001", renamed("sub-0.01")),
     ("sub-+_T2w.nii.gz: expected letters or digits", renamed("sub-+")),
-    ("***: expected a pattern for files", flags("--image-glob", "***")),
-    (".: expected a pattern for files", flags("--image-glob", ".")),
+    *((f"{p}: expected a pattern", flags("--image-glob", p)) for p in ("***", ".", "/scans/*")),
     ("found 0 scans sub-[, 4 masks", flags("--image-glob", "sub-[")),
-    (f"{SCAN}expected other voxels than |sub-001_T2w.nii.gz has|Remove copies", copy_voxels),
+    ("expected other voxels than |sub-001_T2w|sub-002_T2w|Remove copies", copy_voxels),
 ]
 
 UNREAD = "expected a NIfTI file, cannot be read ("
@@ -304,7 +303,7 @@ def test_all_problems_of_a_data_set_are_told_at_once(workers, data, run):
     lines = err.splitlines()
     assert (status, lines[0]) == (2, "Error: 6 problems in the data:")
     bad = [scan(data, 1), mask(data, 1), scan(data, 2), scan(data, 3), mask(data, 3), scan(data, 4)]
-    assert [line.split(": ")[0].strip() for line in lines[1:-1]] == list(map(str, bad))
+    assert sorted(line.split(": ")[0].strip() for line in lines[1:-1]) == sorted(map(str, bad))
     assert lines[-1].startswith("Repair these files")
 
 
@@ -387,7 +386,6 @@ def add_extension(folder):
     nib.save(image, scan(folder))
 
 
-NUMBERS = 1 + np.arange(20, dtype=np.int16) % 8
 STRETCH = np.diag([1 + 0.2 / 23, 1, 1, 1])  # by 0.2 voxels over the 23 between the end's centres
 OFF = "its affine puts corners 0.20 voxels from the scan's; the scan's is used for both"
 plain = both(*(content(at, lambda c: c, "") for at in (scan, mask)))
@@ -399,7 +397,7 @@ GOOD = [  # words of the warning, and the ways to store sub-002 that give it
     ("", reshaped(1), reshaped(1, 1, 1, 1), plain, move_elsewhere, add_extension),
     ("", turned("LAS"), turned("LPI"), turned("PIR"), scale_mask),
     ("", voxels(mask, lambda a: (a * 255).astype(np.uint8))),
-    ("8 values (1, 2, 3, 4, 5), all count as PVS", voxels(mask, lambda a: a * NUMBERS)),
+    ("", voxels(mask, lambda a: a * (1 + np.arange(20, dtype=np.int16) % 8))),
     (OFF, voxels(mask, affine=STRETCH)),
 ]
 
@@ -513,7 +511,7 @@ def test_empty_masks_leave_training_and_no_other_part(data, run):
     assert status == 2
     assert "expected masks with PVS on the working grid" in err
     assert "none is left in train, val." in err
-    assert "Choose other subjects with --split, or draw them with another --seed." in err
+    assert re.search("Choose other subjects with --split.* --seed", err)
 
 
 def test_every_working_grid_is_tested_on_the_same_subjects(data, run, tmp_path):
