@@ -1,6 +1,7 @@
 """Small data sets and settings that make the whole pipeline run in seconds."""
 
 import importlib.util
+import json
 import logging
 import multiprocessing.forkserver
 import re
@@ -71,6 +72,13 @@ def edited_copy(folder, *replacements, **settings):
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def split_flags(folder, **numbers):
+    """Write a split by numbers of subjects, such as "1 3", to a folder; return its flags."""
+    split = {part: [f"sub-00{n}" for n in words.split()] for part, words in numbers.items()}
+    (folder / "split.json").write_text(json.dumps(split))
+    return ["--split", str(folder / "split.json")]
 
 
 @pytest.hookimpl(wrapper=True)
