@@ -1,10 +1,12 @@
 """Small data sets and settings that make the whole pipeline run in seconds."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import logging
 import multiprocessing.forkserver
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -84,6 +86,32 @@ def about(data, out):
     best = out / "checkpoints" / "best_model.pth"
     split = json.loads((out / "logs" / "split.json").read_text())
     return SimpleNamespace(data=data, out=out, best=best, split=split, scores=scores(out))
+
+
+def edited_copy(folder, *replacements, **settings):
+    """Import a copy of the script with texts replaced, and settings written into its Config."""
+    text = Path(train_pvs.__file__).read_text()
+    for name, value in settings.items():
+        line = rf"^    {name}: (\w+) = .*?(  # .*)$"
+        text, count = re.subn(line, rf"    {name}: \1 = {value}\2", text, flags=re.MULTILINE)
+        assert count == 1, name
+    for old, new in replacements:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    number = sum(name.startswith("edited_") for name in sys.modules)
+    path = folder / f"edited_{number}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def split_flags(folder, **numbers):
+    """Write a split by numbers of subjects, such as "1 3", to a folder; return its flags."""
+    split = {part: [f"sub-00{n}" for n in words.split()] for part, words in numbers.items()}
+    (folder / "split.json").write_text(json.dumps(split))
+    return ["--split", str(folder / "split.json")]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,322 +3,227 @@
 import json
 import os
 import pickle
+import re
+import shutil
 
 import pytest
 import torch
-from torch import nn
 
 import train_pvs
-from conftest import TINY
+from conftest import TINY, image_path, make_subject, split_flags
 
-SPLIT = {
-    "train": [{"name": "sub-1", "sha256": "1f2e"}],
-    "test": [{"name": "sub-2", "sha256": "a0b1"}],
-}
-ROW = {"epoch": 3, "val_dice": 0.25}
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return the folder of a run, out, with its data: five subjects, of which it has four."""
+    folder = tmp_path_factory.mktemp("trained")
+    for number in range(1, 6):
+        make_subject(folder / "data", f"sub-{number:03d}", seed=number)
+    split = split_flags(folder, train="1 2", val="3", test="4")
+    argv = "--data-dir", folder / "data", "--output-dir", folder / "out", *split, *TINY
+    assert train_pvs.main([*map(str, argv)]) in (0, 1)
+    return folder
 
 
 @pytest.fixture
-def model(tiny_config):
-    return train_pvs.build_model(tiny_config())
+def start(trained, tmp_path, capsys, monkeypatch):
+    """Call main with a command and a checkpoint, FILE in stderr; returns (status, out, err)."""
+    monkeypatch.setattr(train_pvs.plt.Figure, "savefig", lambda self, file, **_: file.write(b"-"))
+
+    def call(command, path, *flags):
+        if command == "resume":
+            last = tmp_path / "out" / "checkpoints" / "last.pth"
+            last.parent.mkdir(parents=True, exist_ok=True)
+            path = os.replace(path, last) or last
+        scan, data = image_path(trained / "data", "sub-005"), trained / "data"
+        words = {
+            "evaluate": ["--evaluate", "--checkpoint", path],
+            "predict": ["--predict", scan, "--checkpoint", path],
+            "resume": ["--resume"],
+            "init-from": ["--init-from", path, "--data-dir", data, *TINY],
+        }[command]
+        folders = "--output-dir", tmp_path / "out", "--cache-dir", trained / "out" / "cache"
+        status = train_pvs.main([*map(str, (*words, *folders, *flags))])
+        shown = capsys.readouterr()
+        return status, shown.out, shown.err.replace(str(path), "FILE")
+
+    return call
 
 
-@pytest.fixture
-def checkpoint(tmp_path, model, tiny_config):
-    """Return the path of a checkpoint with two scans, of 10 and 20 bytes."""
-    path = tmp_path / "checkpoints" / "best_model.pth"
-    train_pvs.save_checkpoint(path, model, tiny_config(), SPLIT, ROW)
-    return path
+def content_of(trained, command):
+    name = "last.pth" if command == "resume" else "best_model.pth"
+    return torch.load(trained / "out" / "checkpoints" / name, weights_only=True)
 
 
-def contains(value, kinds):
-    """Return whether a value is one of these kinds, and so all that it holds."""
-    if isinstance(value, dict):
-        return all(contains(v, kinds) for pair in value.items() for v in pair)
-    if isinstance(value, list | tuple):
-        return all(contains(item, kinds) for item in value)
-    return isinstance(value, kinds)
+def test_checkpoints_tell_their_origin(trained):
+    for command in ("evaluate", "resume"):
+        content = content_of(trained, command)
+        assert (content["config"]["DECODER_WIDTH"], content["config"]["PIX_DIM"]) == (2, (1, 1, 1))
+        assert content["working_grid"] == {"orientation": "RAS", "spacing_mm": (1, 1, 1)}
+        assert content["versions"]["torch"] == torch.__version__.split("+")[0]
+        assert content["versions"]["arithmetic"] in ("torch.float32", "torch.bfloat16")
+        history = json.loads((trained / "out/logs/training_history.json").read_text())
+        assert content["history_row"] == history[0]
+        parts = {"train": ["sub-001", "sub-002"], "val": ["sub-003"], "test": ["sub-004"]}
+        assert {part: [*cases] for part, cases in content["sha256"].items()} == parts
 
 
-def test_checkpoint_gives_back_weights_settings_grid_split_and_row(checkpoint, model, tiny_config):
-    content = train_pvs.read_checkpoint(checkpoint)
-    assert content["history_row"] == ROW
-    assert content["sha256"] == {"train": {"sub-1": "1f2e"}, "test": {"sub-2": "a0b1"}}
-    assert content["working_grid"] == {"orientation": "RAS", "spacing_mm": (1, 1, 1)}
-    assert train_pvs.Config(**content["config"]) == tiny_config()
-    assert content["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert contains(content, (torch.Tensor, str, int, float, bool, type(None)))
-    other = train_pvs.build_model(tiny_config(SEED=5))
-    train_pvs.load_weights(other, content, checkpoint)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(other.state_dict()[name], tensor), name
-
-
-# ---------------------------------------------------------------------------- what is no checkpoint
+# ---------------------------------------------------------------------------- What is no checkpoint
 
 
 class Malicious:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
+    """Makes a folder when it is unpickled."""
 
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return os.mkdir, ("code was run",)
 
 
-def write_malicious_pickle(path, marker):
-    path.write_bytes(pickle.dumps({"model": Malicious(marker)}, protocol=2))
+def other_bytes(change):
+    """Write a checkpoint and change the bytes of its file."""
+    return lambda path, content: (
+        torch.save(content, path) or path.write_bytes(change(path.read_bytes()))
+    )
 
 
-def write_malicious_checkpoint(path, marker):
-    names = train_pvs.CHECKPOINT_KEYS
-    torch.save(dict.fromkeys(names, Malicious(marker)), path)
+def other(**parts):
+    """Write a checkpoint with other parts; a function gets the part that is there."""
+    return lambda path, content: torch.save(
+        content | {n: p(content[n]) if callable(p) else p for n, p in parts.items()}, path
+    )
 
 
-def write_truncated(path, marker):
-    torch.save({"model": {"weight": torch.ones(10_000)}}, path)
-    path.write_bytes(path.read_bytes()[:-1000])
+NONE = "FILE: expected a checkpoint of this script"
+MISFIT = "FILE: its weights do not fit"
+NAN = float("nan")
+USELESS = [  # words of the message, and what writes the file
+    (NONE, *(other_bytes(lambda c, new=new: new) for new in (b"", b"weights\n", bytes(5000)))),
+    (NONE, other_bytes(lambda c: c[:5000]), other_bytes(lambda c: c[:-1])),
+    (NONE, other_bytes(lambda c: c.replace(c[5000:5004], b"\5\4\3\2"))),
+    (NONE, lambda path, _: path.write_bytes(pickle.dumps({"model": Malicious()}, 2))),
+    (NONE, other(model=Malicious()), other(versions=Malicious())),
+    (NONE, lambda path, content: torch.save(content["model"], path)),
+    (NONE, other(config=[1]), other(sha256=None), other(model=3), other(history_row=None)),
+    (MISFIT, other(model={"weight": torch.ones(3)}), other(model={"weight": 3})),
+    (MISFIT, other(model=lambda model: {name: w[None] for name, w in model.items()})),
+    ("FILE: |NaN", other(model=lambda model: {name: w * NAN for name, w in model.items()})),
+]
+UNUSABLE = (  # where its settings count
+    "FILE: PIX_DIM: expected |FILE: SPLIT: expected",
+    *(other(config=lambda c, n=n: c | {"PIX_DIM": n, "SPLIT": 5}) for n in ((1, 1), (NAN, 1, 1))),
+)
+# A run needs more than weights to go on.
+NO_STATE = (NONE, lambda path, c: torch.save({n: c[n] for n in train_pvs.CHECKPOINT_KEYS}, path))
 
 
-OTHERS = {
-    "truncated": write_truncated,
-    "empty": lambda path, _: path.write_bytes(b""),
-    "text": lambda path, _: path.write_text("weights\n"),
-    "JSON": lambda path, _: path.write_text(json.dumps({"model": {}, "config": {}})),
-    "zeros": lambda path, _: path.write_bytes(bytes(5000)),
-    "folder": lambda path, _: path.mkdir(),
-    "pickle that runs code": write_malicious_pickle,
-    "checkpoint that runs code": write_malicious_checkpoint,
-    "whole model": lambda path, _: torch.save(nn.Conv3d(1, 1, 1), path),
-    "state dict": lambda path, _: torch.save(nn.Conv3d(1, 1, 1).state_dict(), path),
-    "tensor": lambda path, _: torch.save(torch.ones(3), path),
-    "some keys only": lambda path, _: torch.save({"model": {}, "config": {}}, path),
-}
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_other_files_are_refused_by_name_and_run_no_code(kind, tmp_path):
-    path, marker = tmp_path / "weights.pth", tmp_path / "code was run"
-    OTHERS[kind](path, marker)
-    with pytest.raises(ValueError, match="expected a checkpoint of this script") as error:
-        train_pvs.read_checkpoint(path)
-    assert str(path) in str(error.value)
-    assert len(str(error.value)) < len(str(path)) + 400
-    assert not marker.exists()
-
-
-def test_malicious_pickle_does_run_code_elsewhere(tmp_path):
-    # So that the test above can fail.
-    path, marker = tmp_path / "weights.pth", tmp_path / "code was run"
-    write_malicious_checkpoint(path, marker)
+@pytest.mark.parametrize("command", ["evaluate", "resume", "init-from"])
+def test_useless_checkpoint_is_told_by_its_name_and_runs_no_code(
+    command, trained, start, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    content, failures, path = content_of(trained, command), [], tmp_path / "weights.pth"
+    more = {"evaluate": [UNUSABLE], "resume": [UNUSABLE, NO_STATE], "init-from": []}[command]
+    for words, *writers in USELESS + more:
+        for number, write in enumerate(writers):
+            write(path, dict(content))
+            try:
+                status, _, err = start(command, path)
+            except Exception as error:  # a traceback for the user
+                status, err = None, repr(error)
+            missing = [word for word in words.split("|") if word not in err]
+            if status != 2 or missing or len(err) > 1000:
+                failures.append(f"{words!r} {number}: {status}, lacks {missing}: {err[:300]}")
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert not failures, "\n".join(failures)
+    assert not (tmp_path / "code was run").exists()
+    other(model=Malicious())(path, {})
     torch.load(path, weights_only=False)
-    assert marker.exists()
+    assert (tmp_path / "code was run").exists()  # so that the line above can fail
 
 
-def test_missing_checkpoint_is_named_with_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match=r"no such file.*train first.*--checkpoint") as error:
-        train_pvs.read_checkpoint(tmp_path / "none.pth")
-    assert str(tmp_path / "none.pth") in str(error.value)
+# ----------------------------------------------------------------------------- Whose settings count
+
+FIXED = """--test-fraction 0.3 --val-fraction 0.3 --seed 9 --pix-dim 1 1 0.9 --sw-overlap 0.7
+--intensity-percentiles 1 99 --img-patch-size 32 32 32 --architecture dynunet --encoder-depth 4
+--encoder-name efficientnet-b1 --decoder-width 3 --encoder-weights imagenet --crops-per-volume 3
+--pos-neg-ratio 1 --batch-size 3 --accumulate-steps 2 --batchnorm-momentum 0.2 --lr 0.5
+--weight-decay 0.1 --grad-clip 3 --lr-factor 0.6 --lr-patience 4 --lr-min 1e-7 --val-every 2
+--early-stopping 5 --ema-decay 0.9 --split other.json --init-from other.pth
+--no-head-bias-log-odds"""  # what only another training can change, other than in TINY
+MORE = "--epochs 9 --max-minutes 7 --folds 5 --fold 1"  # other than with --resume
+FREE = "--tta-flips --threshold 0.4 --smallest-pvs 2 --no-amp --sw-batch-size 2 --num-workers 0"
 
 
-def test_checkpoint_cut_off_anywhere_is_refused(checkpoint):
-    whole = checkpoint.read_bytes()
-    for share in (0.001, 0.5, 0.999):
-        checkpoint.write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(ValueError, match=r"best_model\.pth: expected a checkpoint"):
-            train_pvs.read_checkpoint(checkpoint)
+def names_of(flags):
+    """Return the names of the settings that flags set."""
+    found = re.findall(r"--(?:no-)?([a-z-]+)", flags)
+    return {name.upper().replace("-", "_") for name in found}
 
 
-@pytest.mark.parametrize(
-    "overrides", [{"DECODER_WIDTH": 3}, {"ENCODER_DEPTH": 4}, {"ENCODER_NAME": "efficientnet-b1"}]
-)
-def test_weights_of_another_network_are_refused_by_the_name_of_the_file(
-    overrides, checkpoint, tiny_config
+def test_settings_of_training_are_refused_by_name_and_others_taken(trained, start, tmp_path):
+    groups = train_pvs.Split, train_pvs.Grid, train_pvs.Network, train_pvs.Training
+    assert names_of(f"{FIXED} {MORE}") == train_pvs.names(*groups, train_pvs.Length)
+    for command in ("evaluate", "predict", "resume"):
+        flags, copy = FIXED if command == "resume" else f"{FIXED} {MORE}", tmp_path / "copy.pth"
+        torch.save(content_of(trained, command), copy)
+        # The settings are told before data are looked at.
+        status, _, err = start(command, copy, *flags.split(), "--data-dir", "none")
+        told = re.findall(r"^  ([A-Z_]+): FILE has .+, not .+; only another", err, re.MULTILINE)
+        assert (status, sorted(told)) == (2, sorted(names_of(flags))), (command, err)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    torch.save(content_of(trained, "evaluate"), copy)
+    # What the run was started with may be given.
+    status, _, err = start("evaluate", copy, *FREE.split(), *TINY)
+    assert (status, err) == (0, "")
+    scores = json.loads((tmp_path / "out/logs/comprehensive_test_metrics.json").read_text())
+    assert [row["subject"] for row in scores["subjects"]] == ["sub-004", "sub-005"]  # unseen
+    assert [scores["config"][name] for name in ("THRESHOLD", "AMP")] == [0.4, False]
+
+
+def test_checkpoint_of_an_earlier_version_is_used_with_published_values(trained, start, tmp_path):
+    gone = {"CROP_SHIFT": 0.0, "LABEL_RESAMPLING": "nearest"}
+    for command in ("predict", "resume"):
+        content = content_of(trained, command)
+        content["config"] |= gone | {"SPLIT": "gone.json", "ENCODER_WEIGHTS": "gone.pth"}
+        del content["config"]["SAVE_PROBABILITIES"], content["config"]["WEIGHT_DECAY"]
+        del content["versions"]["arithmetic"]
+        torch.save(content, tmp_path / "earlier.pth")
+        if command == "resume":
+            shutil.copytree(trained / "out", tmp_path / "out", dirs_exist_ok=True)
+        status, out, err = start(command, tmp_path / "earlier.pth")
+        assert status in (0, 1), (command, err)
+        for name in gone:
+            assert re.search(rf"^Warning: .*\.pth: .*\b{name}\b", out, re.MULTILINE)
+        shutil.rmtree(tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------- INIT_FROM
+
+
+def test_training_starts_from_weights_that_fit_and_know_no_scan_of_validation_and_test(
+    trained, start, tmp_path
 ):
-    content = train_pvs.read_checkpoint(checkpoint)
-    other = train_pvs.build_model(tiny_config(**overrides))
-    with pytest.raises(ValueError, match="weights do not fit the network") as error:
-        train_pvs.load_weights(other, content, checkpoint)
-    assert str(checkpoint) in str(error.value)
-    assert len(str(error.value)) < len(str(checkpoint)) + 400
+    def load(path):
+        return torch.load(path, weights_only=True)["model"].items()
 
-
-@pytest.mark.parametrize("state", [None, 5, "weights", {}, {"weight": 3}])
-def test_weights_that_are_none_are_refused_by_the_name_of_the_file(state, model):
-    with pytest.raises(ValueError, match=r"mine\.pth: its weights do not fit"):
-        train_pvs.load_weights(model, {"model": state}, "mine.pth")
-
-
-# ----------------------------------------------------------------------------- whose settings count
-
-
-def command_line(*flags):
-    """Return (Config, given settings) of a command line as --evaluate gets it."""
-    cfg, options = train_pvs.parse_command_line(["--evaluate", *map(str, flags)])
-    return cfg, options.given
-
-
-def saved_content(tiny_config, **overrides):
-    return {"config": train_pvs.asdict(tiny_config()) | overrides}
-
-
-def test_network_grid_and_windows_are_the_checkpoints_although_config_differs(tiny_config):
-    saved = tiny_config(
-        PIX_DIM=(0.7, 0.8, 0.9),
-        IMG_PATCH_SIZE=(16, 24, 32),
-        DECODER_WIDTH=7,
-        INTENSITY_PERCENTILES=(1.0, 98.0),
-        SW_OVERLAP=0.3,
-        SEED=77,
-    )
-    cfg, given = command_line()
-    restored = train_pvs.restore_config({"config": train_pvs.asdict(saved)}, cfg, given)
-    for field in train_pvs.fields(train_pvs.Config):
-        name, here = field.name, getattr(cfg, field.name)
-        is_machines = name in (
-            *("OUTPUT_DIR", "CACHE_DIR", "SW_BATCH_SIZE", "SAVE_PROBABILITIES"),
-            *("DEVICE", "AMP", "NUM_WORKERS"),
-        )
-        assert getattr(restored, name) == (here if is_machines else getattr(saved, name)), name
-    assert restored.PIX_DIM != cfg.PIX_DIM
-    assert restored.ENCODER_NAME == "efficientnet-b0" != cfg.ENCODER_NAME
-
-
-def test_machine_settings_are_those_of_the_command_line(tiny_config):
-    flags = "--output-dir o --cache-dir c --sw-batch-size 9 --save-probabilities --no-amp"
-    cfg, given = command_line(*flags.split(), "--device", "cpu", "--num-workers", 3)
-    restored = train_pvs.restore_config(saved_content(tiny_config), cfg, given)
-    assert (restored.OUTPUT_DIR, restored.CACHE_DIR) == ("o", "c")
-    assert (restored.SW_BATCH_SIZE, restored.NUM_WORKERS, restored.DEVICE) == (9, 3, "cpu")
-    assert restored.SAVE_PROBABILITIES is True
-    assert restored.AMP is False
-
-
-def test_place_of_the_data_is_the_checkpoints_unless_given(tiny_config):
-    content = saved_content(
-        tiny_config, DATA_DIR="trained", IMAGE_GLOB="*_FLAIR.nii", LABEL_GLOB="masks/*.nii"
-    )
-    restored = train_pvs.restore_config(content, *command_line())
-    assert (restored.DATA_DIR, restored.IMAGE_GLOB) == ("trained", "*_FLAIR.nii")
-    assert restored.LABEL_GLOB == "masks/*.nii"
-    flags = ("--data-dir", "new", "--label-glob", "manual/*.nii")
-    restored = train_pvs.restore_config(content, *command_line(*flags))
-    assert (restored.DATA_DIR, restored.IMAGE_GLOB) == ("new", "*_FLAIR.nii")
-    assert restored.LABEL_GLOB == "manual/*.nii"
-
-
-OTHER_VALUES = {
-    "LABEL_RESAMPLING": "soft",
-    "CROP_SHIFT": "0.25",
-    "EMA_DECAY": "0.9",
-    # of what only training can change, other than in TINY
-    "TEST_FRACTION": "0.3",
-    "VAL_FRACTION": "0.3",
-    "SEED": "9",
-    "PIX_DIM": "1 1 0.9",
-    "INTENSITY_PERCENTILES": "1 99",
-    "IMG_PATCH_SIZE": "32 32 32",
-    "CROPS_PER_VOLUME": "3",
-    "POS_NEG_RATIO": "1",
-    "ARCHITECTURE": "dynunet",
-    "ENCODER_NAME": "efficientnet-b1",
-    "ENCODER_WEIGHTS": "imagenet",
-    "ENCODER_DEPTH": "4",
-    "DECODER_WIDTH": "3",
-    "BATCHNORM_MOMENTUM": "0.2",
-    "EPOCHS": "9",
-    "BATCH_SIZE": "3",
-    "ACCUMULATE_STEPS": "2",
-    "LR": "0.5",
-    "WEIGHT_DECAY": "0.1",
-    "GRAD_CLIP": "3",
-    "LR_FACTOR": "0.6",
-    "LR_PATIENCE": "4",
-    "LR_MIN": "1e-7",
-    "VAL_EVERY": "2",
-    "EARLY_STOPPING": "5",
-    "MAX_MINUTES": "7",
-    "SW_OVERLAP": "0.7",
-}
-
-
-def flag_of(name):
-    return "--" + name.lower().replace("_", "-")
-
-
-@pytest.mark.parametrize("name", OTHER_VALUES)
-def test_setting_that_only_training_can_change_is_refused_by_name(name, tiny_config):
-    cfg, given = command_line(flag_of(name), *OTHER_VALUES[name].split())
-    with pytest.raises(ValueError, match=f"{name}: the checkpoint has .*only training") as error:
-        train_pvs.restore_config(saved_content(tiny_config), cfg, given)
-    assert str(getattr(tiny_config(), name)) in str(error.value)
-    assert len(str(error.value).splitlines()) == 2  # a title, and no other setting
-
-
-def test_every_setting_is_the_machines_or_only_training_can_change_it():
-    # These take files, need each other, or take no value: tested on their own.
-    own = {"SPLIT", "INIT_FROM", "FOLDS", "FOLD", "HEAD_BIAS_LOG_ODDS", "TUNE_DECISION"}
-    names = {*OTHER_VALUES, *train_pvs.NOT_OF_CHECKPOINT, *own}
-    assert names == {field.name for field in train_pvs.fields(train_pvs.Config)}
-
-
-def test_switch_and_split_file_that_differ_are_refused_together(tiny_config, tmp_path):
-    split = tmp_path / "split.json"
-    split.write_text("{}")
-    cfg, given = command_line("--no-head-bias-log-odds", "--split", split, "--lr", 0.5)
-    with pytest.raises(ValueError, match="HEAD_BIAS_LOG_ODDS: the checkpoint has True") as error:
-        train_pvs.restore_config(saved_content(tiny_config), cfg, given)
-    assert "SPLIT: the checkpoint has" in str(error.value)
-    assert "LR: the checkpoint has 0.001" in str(error.value)
-
-
-def test_settings_that_equal_the_checkpoints_may_be_given(tiny_config):
-    flags = list(TINY)  # as the run was started
-    flags[flags.index("--pix-dim") : flags.index("--pix-dim") + 4] = "--pix-dim 1.0 1 1.00".split()
-    cfg, given = command_line(*flags)
-    assert {"PIX_DIM", "ENCODER_DEPTH", "HEAD_BIAS_LOG_ODDS"} <= set(given)
-    restored = train_pvs.restore_config(saved_content(tiny_config), cfg, given)
-    assert restored.PIX_DIM == (1, 1, 1)
-
-
-def test_recipe_of_the_command_line_does_not_change_the_checkpoints_settings(tiny_config):
-    cfg, given = command_line("--recipe", "demo")
-    assert cfg.SW_OVERLAP == 0.25 != tiny_config().SW_OVERLAP
-    restored = train_pvs.restore_config(saved_content(tiny_config), cfg, given)
-    assert restored.SW_OVERLAP == tiny_config().SW_OVERLAP
-    assert restored.IMG_PATCH_SIZE == (16, 16, 16)
-
-
-@pytest.mark.parametrize(
-    ("saved", "told"),
-    [
-        ({"DROPOUT": 0.1, "AUGMENT": True}, ("AUGMENT: in the checkpoint", "DROPOUT: in the")),
-        ({"ENCODER_NAME": "resnet34"}, ("ENCODER_NAME: expected efficientnet-b0 to",)),
-        ({"PIX_DIM": (1.0, 0.0, 1.0), "LR": 99.0}, ("PIX_DIM: expected", "LR: expected")),
-        ({"ENCODER_DEPTH": 9}, ("ENCODER_DEPTH: expected whole numbers from 3 to 5, got 9",)),
-        ({"IMG_PATCH_SIZE": (20, 16, 16)}, ("IMG_PATCH_SIZE: expected multiples of 8",)),
-        ({"SW_OVERLAP": "half"}, ("SW_OVERLAP: expected numbers from 0 to 0.9, got half",)),
-    ],
-)
-def test_settings_of_a_checkpoint_that_are_unknown_or_out_of_range_are_refused(
-    saved, told, tiny_config
-):
-    with pytest.raises(ValueError, match="wrong settings") as error:
-        train_pvs.restore_config(saved_content(tiny_config, **saved), *command_line())
-    for words in told:
-        assert words in str(error.value)
-    assert len(str(error.value).splitlines()) == 1 + len(told)
-
-
-def test_files_that_only_training_read_need_not_exist_any_more(tiny_config):
-    gone = {"SPLIT": "gone.json", "ENCODER_WEIGHTS": "gone.pth"}
-    restored = train_pvs.restore_config(saved_content(tiny_config, **gone), *command_line())
-    assert (restored.SPLIT, restored.ENCODER_WEIGHTS) == ("gone.json", "gone.pth")
-
-
-def test_checkpoint_of_an_older_script_without_a_setting_takes_the_default(tiny_config):
-    content = saved_content(tiny_config)
-    del content["config"]["SAVE_PROBABILITIES"], content["config"]["WEIGHT_DECAY"]
-    restored = train_pvs.restore_config(content, *command_line())
-    assert restored.WEIGHT_DECAY == train_pvs.Config.WEIGHT_DECAY
+    first, best = (folder / "out/checkpoints/best_model.pth" for folder in (trained, tmp_path))
+    for parts, known in (
+        ({"train": "2 3", "val": "5", "test": "1"}, ["sub-001"]),  # trained with it
+        ({"train": "1 2", "val": "5", "test": "3"}, ["sub-003"]),  # chosen with it
+        ({"train": "1", "val": "2", "test": "3 4"}, ["sub-002", "sub-003"]),
+    ):
+        status, _, err = start("init-from", first, "--check", *split_flags(tmp_path, **parts))
+        told = re.findall(r"  .*(sub-00\d)_T2w.nii.gz: for validation or test, but ", err)
+        assert (status, told) == (2, known), err
+    split = split_flags(tmp_path, train="1 3", val="5", test="4")
+    network = "--decoder-width", 3, "--encoder-name", "efficientnet-b1"
+    _, _, err = start("init-from", first, *network, "--check", *split)
+    assert re.search("FILE: .*network.* DECODER_WIDTH, ENCODER_NAME$", err, re.MULTILINE), err
+    status, _, err = start("init-from", first, "--lr", 1e-9, "--lr-min", 0, *split)
+    assert status in (0, 1), err
+    for (name, weights), (_, now) in zip(load(first), load(best), strict=True):
+        if name.endswith(("weight", "bias")):  # and no statistics of the new data
+            assert torch.allclose(weights, now, atol=1e-7), name
+    before = best.read_bytes()
+    status, _, err = start("init-from", best, "--overwrite", *split)
+    assert (status, "FILE: INIT_FROM, which this run would replace" in err) == (2, True)
+    assert best.read_bytes() == before

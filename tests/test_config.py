@@ -1,100 +1,71 @@
-"""Settings: what is published, which value wins, and how wrong ones are refused."""
+"""Settings: what is published, which value wins, edits in the file, and how wrong ones are told."""
 
+import ast
 import errno
-import inspect
-import json
 import os
 import re
 from dataclasses import fields
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import train_pvs
-from train_pvs import LIMITS, RECIPES, Config
+from conftest import edited_copy
+from train_pvs import PUBLISHED, RECIPES, Config, parse_command_line
 
 FIELDS = {field.name: field.default for field in fields(Config)}
-PUBLISHED = {
-    "IMG_PATCH_SIZE": (96, 96, 96),
-    "BATCH_SIZE": 2,
-    "CROPS_PER_VOLUME": 4,
-    "EPOCHS": 1000,
-    "LR": 1e-3,
-    "WEIGHT_DECAY": 1e-5,
-    "GRAD_CLIP": 1.0,
-    "PIX_DIM": (1.5, 1.5, 1.5),
-    "EARLY_STOPPING": 100,
-    "SEED": 123,
-    "OUTPUT_DIR": "outputs_3d",
-    "TEST_FRACTION": 0.05,
-    "VAL_FRACTION": 0.0526,
-    "LR_FACTOR": 0.5,
-    "LR_PATIENCE": 5,
-    "LR_MIN": 1e-6,
-    "SW_OVERLAP": 0.5,
-    "POS_NEG_RATIO": 2,
-    "ENCODER_NAME": "efficientnet-b7",
-    "ENCODER_WEIGHTS": "imagenet",
-    "ENCODER_DEPTH": 5,
-}
-
-
-def numbers_of(value):
-    """Return the numbers in a setting: none in a word or a switch."""
-    values = value if isinstance(value, tuple) else (value,)
-    return [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+SOURCE = Path(train_pvs.__file__).read_text()
+COMMENTS = dict(re.findall(r"^    ([A-Z_]+): \w+ = .*  # (.+)$", SOURCE, re.MULTILINE))
 
 
 def flag_of(name):
     return "--" + name.lower().replace("_", "-")
 
 
-# ---------------------------------------------------------------------------------------- defaults
+def words_of(value):
+    return [*map(str, value)] if isinstance(value, tuple) else [str(value)]
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_every_field_is_used_beyond_its_check(name):
-    source = inspect.getsource(train_pvs).replace(inspect.getsource(train_pvs.check_config), "")
-    assert re.search(rf"\bcfg\.{name}\b", source)
+# -------------------------------------------------------------------------------------- The fields
 
 
-def test_exactly_the_numeric_fields_have_limits():
-    assert set(LIMITS) == {name for name, value in FIELDS.items() if numbers_of(value)}
+def test_defaults_are_the_published_values_and_recipes_set_only_fields_of_their_type():
+    assert FIELDS == PUBLISHED
+    assert PUBLISHED["PIX_DIM"] == (1.5, 1.5, 1.5)  # some of those that the publication tells
+    assert (PUBLISHED["LR"], PUBLISHED["EPOCHS"], PUBLISHED["BATCH_SIZE"]) == (1e-3, 1000, 2)
+    assert list(RECIPES) == ["published", "native", "demo"]
+    for recipe in RECIPES:
+        cfg, _ = parse_command_line(["--recipe", recipe])
+        assert {name: type(getattr(cfg, name)) for name in FIELDS} == {
+            name: type(value) for name, value in FIELDS.items()
+        }
+        differ = {name for name in FIELDS if getattr(cfg, name) != FIELDS[name]}
+        assert bool(differ) == (recipe != "published")
 
 
-@pytest.mark.parametrize("name", LIMITS)
-def test_default_lies_within_its_limits(name):
-    low, high = LIMITS[name]
-    assert all(low <= value <= high for value in numbers_of(FIELDS[name]))
+def test_every_field_has_a_comment_that_is_the_help_of_its_flag(run):
+    assert list(COMMENTS) == [name for name in COMMENTS if name in FIELDS]
+    assert set(COMMENTS) == set(FIELDS)
+    status, out, _ = run("--help")
+    out = "".join(out.split())  # it is wrapped, also at hyphens
+    assert status == 0
+    for name, comment in COMMENTS.items():
+        shown = " ".join(words_of(FIELDS[name])) or "nothing"
+        told = re.escape("".join(f"{comment}; default: {shown}".split()))
+        value = "(,--no-[a-z-]+|[^a-z]+)"
+        assert re.search(f"{flag_of(name)}{value}{told}(--|$|Exit)", out), name
+    for flag in "--check --resume --evaluate --predict --checkpoint --overwrite --demo".split():
+        assert flag in out, flag
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_sets_only_fields_of_their_type_and_is_valid(recipe):
-    for name, value in RECIPES[recipe].items():
-        assert type(value) is type(FIELDS[name])
-    cfg, _ = train_pvs.parse_command_line(["--recipe", recipe])
-    assert {name: getattr(cfg, name) for name in FIELDS} == FIELDS | RECIPES[recipe]
-
-
-def test_defaults_are_the_published_values():
-    assert {name: FIELDS[name] for name in PUBLISHED} == PUBLISHED
-
-
-# --------------------------------------------------------------------------------- which value wins
-
-
-def test_flag_wins_over_recipe_and_recipe_over_config():
-    flags = ["--epochs", "7", "--no-head-bias-log-odds", "--pix-dim", "2", "1", "0.7"]
-    cfg, options = train_pvs.parse_command_line(["--recipe", "demo", *flags])
-    assert (cfg.EPOCHS, cfg.HEAD_BIAS_LOG_ODDS, cfg.PIX_DIM) == (7, False, (2.0, 1.0, 0.7))
-    assert (cfg.LR, cfg.ENCODER_DEPTH) == (5e-3, 3)  # the recipe's
-    assert cfg.WEIGHT_DECAY == 1e-5  # Config's
-    assert options.recipe == "demo"
-
-
-def test_demo_keeps_its_data_below_the_output_folder():
-    cfg, options = train_pvs.parse_command_line(["--demo", "--output-dir", "here"])
-    assert (cfg.DATA_DIR, options.recipe) == (os.path.join("here", "data"), "demo")
+def test_every_field_is_used_beyond_its_check():
+    used = set()
+    for node in ast.parse(SOURCE).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("check_"):
+            used |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    assert set(FIELDS) - used == set()
 
 
 OTHER = {  # valid values that are not the default, where adding a little does not give one
@@ -105,7 +76,6 @@ OTHER = {  # valid values that are not the default, where adding a little does n
     "ENCODER_WEIGHTS": "none",
     "ENCODER_DEPTH": 4,
     "ARCHITECTURE": "dynunet",
-    "LABEL_RESAMPLING": "soft",
     "INIT_FROM": __file__,
     "SPLIT": __file__,
     "FOLDS": 5,
@@ -114,220 +84,217 @@ OTHER = {  # valid values that are not the default, where adding a little does n
 }
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_flag_reaches_its_field_in_its_type(name):
-    default = FIELDS[name]
-    if isinstance(default, bool):
-        wanted = not default
-        flags = [flag_of(name) if wanted else flag_of("NO_" + name)]
-    else:
-        step = {str: "x", int: 1, float: 0.01}.get(type(default))
-        wanted = OTHER[name] if name in OTHER else default + step
-        flags = [flag_of(name), *map(str, wanted if isinstance(wanted, tuple) else [wanted])]
-    flags += {"FOLDS": ["--fold", "1"], "FOLD": ["--folds", "5"]}.get(name, [])
-    cfg, _ = train_pvs.parse_command_line(flags)
-    assert getattr(cfg, name) == wanted != default
-    assert type(getattr(cfg, name)) is type(default)
+def test_flag_reaches_its_field_in_its_type():
+    for name, default in FIELDS.items():
+        if isinstance(default, bool):
+            wanted = not default
+            flags = [flag_of(name if wanted else f"NO_{name}")]
+        else:
+            step = {str: "x", int: 1, float: 0.01}.get(type(default))
+            wanted = OTHER[name] if name in OTHER else default + step
+            flags = [flag_of(name), *words_of(wanted)]
+        flags += {"FOLDS": ["--fold", "1"], "FOLD": ["--folds", "5"]}.get(name, [])
+        cfg, _ = parse_command_line(flags)
+        assert getattr(cfg, name) == wanted != default, name
+        assert type(getattr(cfg, name)) is type(default), name
 
 
-# ----------------------------------------------------------------------------------- wrong settings
+def test_flag_wins_over_recipe_and_recipe_over_config():
+    flags = "--recipe demo --epochs 7 --no-head-bias-log-odds --pix-dim 0.9".split()
+    cfg, _ = parse_command_line(flags)  # one number for three
+    assert (cfg.EPOCHS, cfg.HEAD_BIAS_LOG_ODDS, cfg.PIX_DIM) == (7, False, (0.9, 0.9, 0.9))
+    assert (cfg.LR, cfg.ENCODER_DEPTH) == (5e-3, 3)  # the recipe's
+    assert cfg.WEIGHT_DECAY == 1e-5  # Config's
+    cfg, options = parse_command_line(["--demo", "--output-dir", "here"])
+    assert (cfg.DATA_DIR, options.recipe) == (os.path.join("here", "data"), "demo")
 
-WRONG = {
-    "LABEL_RESAMPLING": "linear",
-    "THRESHOLD": "0",
-    "EMA_DECAY": "1",
-    "CROP_SHIFT": "0.6",
-    "SMALLEST_PVS": "-1",
-    "IMG_PATCH_SIZE": "16 20 16",  # 2**3 does not divide 20
-    "TEST_FRACTION": "1.5",
-    "VAL_FRACTION": "0",
-    "INTENSITY_PERCENTILES": "99 1",  # the wrong way round
-    "EPOCHS": "ten",
-    "BATCH_SIZE": "2.5",
-    "CROPS_PER_VOLUME": "0",
-    "SEED": "-1",
-    "LR": "nan",
-    "GRAD_CLIP": "inf",
-    "WEIGHT_DECAY": "-0.1",
-    "PIX_DIM": "1 0 1",
-    "ENCODER_DEPTH": "6",
-    "ENCODER_NAME": "no-such-net",
-    "ARCHITECTURE": "unet",
-    "INIT_FROM": "no/such/checkpoint.pth",
-    "ENCODER_WEIGHTS": "no/such/weights.pth",
-    "LABEL_GLOB": "",
-    "SPLIT": "no/such/split.json",
-    "DEVICE": "cuda:99",
+
+# ------------------------------------------------------------------------------- Edits in the file
+
+TAKEN = {  # what a user may write into Config: the value that is used
+    "PIX_DIM": ("1.0", (1.0, 1.0, 1.0)),
+    "IMG_PATCH_SIZE": ("96", (96, 96, 96)),
+    "INTENSITY_PERCENTILES": ("[1, 99]", (1.0, 99.0)),
+    "DATA_DIR": ('Path("scans") / "mine"', "scans/mine"),
+    "OUTPUT_DIR": ('"~/x"', os.path.expanduser("~/x")),
+    "CACHE_DIR": ("None", ""),
+    "EPOCHS": ("2.0", 2),
+    "BATCH_SIZE": ("np.int64(3)", 3),
+    "LR": ("1", 1.0),
+    "AMP": ("False", False),
+    "ENCODER_NAME": ('"efficientnet-" + "b2"', "efficientnet-b2"),
 }
 
 
-def flags_for(name):
-    return [flag_of(name), *(WRONG[name].split() or [""])]
+def test_what_is_written_into_config_is_taken_where_it_can_be_meant(tmp_path):
+    copy = edited_copy(tmp_path, **{name: text for name, (text, _) in TAKEN.items()})
+    cfg, _ = copy.parse_command_line([])
+    for name, default in FIELDS.items():
+        wanted = TAKEN[name][1] if name in TAKEN else default
+        assert getattr(cfg, name) == wanted, name
+        assert type(getattr(cfg, name)) is type(wanted), name
+    edits = {"PIX_DIM": "np.array([1, 2, 3])", "CACHE_DIR": 'Path("~/cache")'}
+    cfg, _ = edited_copy(tmp_path, **edits).parse_command_line([])
+    assert cfg.PIX_DIM == (1.0, 2.0, 3.0)
+    assert os.path.expanduser("~/cache") == cfg.CACHE_DIR
 
 
-def expect_refused(result, names, folder):
-    status, _, err = result
-    assert status == 2
-    assert [name for name in names if f"\n  {name}: " not in err] == []
-    assert "Traceback" not in err
-    assert not folder.exists()
+WRONG_EDITS = {"AMP": '"no"', "EPOCHS": "2.5", "LR": '"fast"', "PIX_DIM": "(1, 1)", "DEVICE": "0"}
+WRONG_EDITS |= {"IMG_PATCH_SIZE": "(96, 96.5, 96)", "INTENSITY_PERCENTILES": "None"}
+WRONG_EDITS |= {"BATCH_SIZE": "True", "SEED": "None", "DATA_DIR": "5", "TTA_FLIPS": "1"}
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_setting_is_named(run, tmp_path, name):
-    result = run("--check", *flags_for(name))
-    expect_refused(result, [name], tmp_path / "out")
-    others = set(WRONG) - {name, "ENCODER_DEPTH", "IMG_PATCH_SIZE", "ENCODER_WEIGHTS"}
-    assert [other for other in others if f"\n  {other}: " in result[2]] == []
+def test_wrong_edits_are_told_in_a_line_each(tmp_path, capsys):
+    copy = edited_copy(tmp_path, **WRONG_EDITS)
+    assert copy.main(["--check", "--output-dir", str(tmp_path / "out")]) == 2
+    title, *lines = capsys.readouterr().err.splitlines()
+    assert title == "Error: wrong settings:"
+    assert all(re.match(r"  [A-Z_]+: expected .+, got .+", line) for line in lines)
+    assert sorted(line.split(":")[0].strip() for line in lines) == sorted(WRONG_EDITS)
+    assert not (tmp_path / "out").exists()
 
 
-def test_all_wrong_settings_are_named_at_once(run, tmp_path):
-    names = set(WRONG) - {"ENCODER_DEPTH"}  # a wrong one leaves no multiple for IMG_PATCH_SIZE
-    flags = [flag for name in names for flag in flags_for(name)]
-    expect_refused(run("--check", *flags), names, tmp_path / "out")
+def test_start_of_a_run_tells_what_was_edited_and_where_a_recipe_overrides_it(
+    data, tmp_path, capsys
+):
+    edits = {"LR": "5e-4", "DECODER_WIDTH": "4", "PIX_DIM": "1.0", "IMG_PATCH_SIZE": "32"}
+    edits |= {"NUM_WORKERS": "0", "DEVICE": '"cpu"', "ENCODER_WEIGHTS": '"none"', "VAL_EVERY": "5"}
+    copy = edited_copy(tmp_path, DATA_DIR=f'Path("{data}")', **edits)
+    flags = ["--output-dir", str(tmp_path / "out"), "--encoder-name", "efficientnet-b0"]
+    # ENCODER_WEIGHTS, VAL_EVERY: the recipe has the same; DECODER_WIDTH: the flag was meant.
+    warning = "Warning: PIX_DIM: edited to 1.0 1.0 1.0 in the file, but the recipe native has"
+    warning += " 0.0 0.0 0.0, which is used"
+    for recipe, pix_dim, warnings in (
+        ([], "1.0 1.0 1.0", []),
+        (["--recipe", "native", "--decoder-width", "2"], "0.0 0.0 0.0", [warning]),
+    ):
+        assert copy.main(["--check", *flags, *recipe]) == 0
+        out = capsys.readouterr().out
+        assert re.search(rf"^  PIX_DIM +{pix_dim}$", out, re.MULTILINE)
+        assert [line for line in out.splitlines() if "edited" in line] == warnings
+    # Without --check, what is not the published value alone.
+    (tmp_path / "empty").mkdir()
+    assert copy.main([*flags, "--data-dir", str(tmp_path / "empty")]) == 2
+    told = re.findall(r"^  ([A-Z]+(?:_[A-Z]+)*) +.*$", capsys.readouterr().out, re.MULTILINE)
+    assert {*told} == {*edits, "DATA_DIR", "OUTPUT_DIR", "ENCODER_NAME"}
 
 
-@pytest.mark.parametrize("device", ["", "gpu", "cuda:x", "meta", "hpu", "privateuseone"])
-def test_device_that_cannot_compute_is_named(run, tmp_path, device):
-    expect_refused(run("--check", "--device", device), ["DEVICE"], tmp_path / "out")
+def test_setting_added_to_a_group_becomes_a_flag(tmp_path, capsys):
+    place = "    WEIGHT_DECAY: float = 1e-5  # AdamW's\n"
+    new = (
+        "    DROPOUT: float = 0.1  # of features\n    CLASSES = (1, 2)\n    MIXUP = False  # them\n"
+    )
+    copy = edited_copy(tmp_path, (place, place + new))
+    assert {"DROPOUT", "CLASSES", "MIXUP"} <= copy.names(copy.Training)
+    cfg, _ = copy.parse_command_line("--dropout 0.5 --classes 3 4 --mixup".split())
+    assert (cfg.DROPOUT, cfg.CLASSES, cfg.MIXUP) == (0.5, (3, 4), True)
+    assert copy.main(["--dropout", "much"]) == 2
+    assert "\n  DROPOUT: expected a number, got much" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        copy.main(["--help"])
+    assert re.search(r"--dropout \w+\s+of features; default: 0\.1", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", ["DATA_DIR", "OUTPUT_DIR", "IMAGE_GLOB"])
-@pytest.mark.parametrize("value", ["", " "])
-def test_empty_path_is_named(run, tmp_path, monkeypatch, name, value):
+# ---------------------------------------------------------------------------------- Wrong settings
+
+WRONG = {  # values that are refused; each by the name of its field, and no other
+    "IMG_PATCH_SIZE": ["16 20 16", "-16 16 16", "16 16 2000", "16 16"],  # 2**3 does not divide 20
+    "PIX_DIM": ["1 0 1", "inf 1 1", "1 nan 1", "0.05 1 1", "1 1", "21"],
+    "INTENSITY_PERCENTILES": ["99 1", "5 5", "-1 99", "1 101", "1"],
+    "LR": ["nan", "inf", "-1", "0", "1e400", "fast", "", "9" * 5000],
+    "EPOCHS": ["ten", "-5", "0", "1.5", "nan", "1" + "0" * 30],
+    "DEVICE": ["", "gpu", "cuda:99", "cuda:x", "cpu:-1", "meta"],
+    "ENCODER_NAME": ["no-such-net", "resnet18", "efficientnet-b8", "efficientnet-b0x"],
+    **{"TEST_FRACTION": ["1.5", "nan", "0", "1"], "VAL_FRACTION": ["0", "1"]},
+    **{"SEED": ["-1", "4294967296"], "BATCH_SIZE": ["2.5", "0"], "CROPS_PER_VOLUME": ["0"]},
+    **{"NUM_WORKERS": ["-1", "many"], "GRAD_CLIP": ["inf", "0"], "WEIGHT_DECAY": ["-0.1"]},
+    **{"LR_FACTOR": ["1", "0"], "SW_OVERLAP": ["1", "-0.1"], "THRESHOLD": ["0", "1"]},
+    **{"EMA_DECAY": ["1", "-0.1"], "SMALLEST_PVS": ["-1"], "MAX_MINUTES": ["-1"]},
+    **{"FOLDS": ["-2", "1"], "FOLD": ["1", "-1"]},  # without FOLDS
+    **{"ENCODER_DEPTH": ["6", "2"], "ARCHITECTURE": ["unet", ""]},
+    **{"INIT_FROM": ["no/such/checkpoint.pth"], "ENCODER_WEIGHTS": ["no/such/weights.pth", "/"]},
+    **{"SPLIT": ["no/such/split.json", "/"], "DATA_DIR": ["", " "], "OUTPUT_DIR": ["", " "]},
+    **{"IMAGE_GLOB": [""], "LABEL_GLOB": [""]},
+}
+
+
+def test_wrong_setting_is_told_by_its_name_before_anything_is_made(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    expect_refused(run("--check", flag_of(name), value), [name], tmp_path / "out")
+    failures = []
+    for name, values in WRONG.items():
+        for value in values:
+            status, _, err = run("--check", flag_of(name), *(value.split() or [value]))
+            lines = err.splitlines()
+            named = {line.split(":")[0].strip() for line in lines[1:]}
+            others = {"ENCODER_DEPTH": "IMG_PATCH_SIZE", "FOLDS": "FOLD"}.get(name, name)
+            good = all(re.match("  [A-Z_]+: expected .+, got", line) for line in lines[1:])
+            if status != 2 or not good or name not in named or named - {name, others}:
+                failures.append(f"{name} {value[:30]!r}: {status} {err[:200]}")
+    assert not failures, failures
+    names = set(WRONG) - {"ENCODER_DEPTH"}  # a wrong one leaves no multiple for IMG_PATCH_SIZE
+    flags = [word for name in names for word in (flag_of(name), *(WRONG[name][0].split() or [""]))]
+    status, _, err = run("--check", *flags)
+    assert (status, [name for name in names if f"\n  {name}: " not in err]) == (2, [])
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", LIMITS)
-@pytest.mark.parametrize("side", [0, 1])
-def test_value_just_beyond_a_limit_is_named(name, side, tiny_config):
-    beyond = LIMITS[name][side] + (1 if side else -1)
-    value = (beyond,) * len(FIELDS[name]) if isinstance(FIELDS[name], tuple) else beyond
-    problems = train_pvs.check_config(tiny_config(**{name: value}))
-    assert any(problem.startswith(f"{name}: expected ") for problem in problems)
+def test_settings_that_do_not_go_together_are_told(run, tmp_path):
+    small = "--img-patch-size 8 8 8".split()  # 2**3 halvings leave one voxel of it
+    split = tmp_path / "split.json"
+    split.write_text("{}")
+    for flags, told in {
+        (*small, "--crops-per-volume", "1"): "CROPS_PER_VOLUME: expected",
+        (*small, "--architecture", "dynunet"): "IMG_PATCH_SIZE: expected more",
+        ("--split", split, "--folds", "5", "--fold", "1"): "SPLIT: expected none together with FO",
+        ("--folds", "5", "--fold", "6"): "FOLD: expected a number from 1 to FOLDS",
+    }.items():
+        status, _, err = run("--check", *flags)
+        assert (status, told in err) == (2, True), (flags, err)
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mit_b0", "efficientnet-b8", "efficientnet-b0x"])
-def test_encoder_that_is_not_efficientnet_b0_to_b7_is_named(run, tmp_path, name):
-    expect_refused(run("--check", "--encoder-name", name), ["ENCODER_NAME"], tmp_path / "out")
+# ---------------------------------------------------------------------------------- Arithmetic
 
 
-def test_single_crop_that_ends_as_one_voxel_is_refused(run, tmp_path):
-    # 2**3 halvings leave 1 of 8 voxels, and BatchNorm wants more than one value in training.
-    flags = ["--check", "--img-patch-size", 8, 8, 8, "--crops-per-volume", 1]
-    expect_refused(run(*flags), ["CROPS_PER_VOLUME"], tmp_path / "out")
+def test_arithmetic_is_of_16_bits_where_the_hardware_gains_from_it_and_is_right(monkeypatch):
+    def dtype(device, **overrides):
+        return train_pvs.autocast_dtype(torch.device(device), Config(**overrides))
+
+    for native, with_16_bits in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native, **_: native)
+        assert (dtype("cuda"), dtype("cuda", AMP=False)) == (with_16_bits, torch.float32)
+    for avx512, amx in ((False, False), (False, True), (True, False)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda n=avx512: n)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda n=amx: n)
+        assert dtype("cpu") == (torch.bfloat16 if avx512 or amx else torch.float32)
+        assert dtype("cpu", AMP=False) == torch.float32
+    # Features of side 2, of which the weights' gradients are noise: of 8, 4, 2, 1 the third level,
+    # of 16, 8, 4, 2 the last one, which UNet++ has without a 3 x 3 x 3 convolution.
+    found = {
+        (name, side): dtype("cpu", ARCHITECTURE=name, ENCODER_DEPTH=3, IMG_PATCH_SIZE=(side, 9, 9))
+        for name in ("unetplusplus", "dynunet")
+        for side in (8, 16, 24, 32)
+    }
+    noisy = {key for key, kind in found.items() if kind == torch.float32}
+    assert noisy == {("unetplusplus", 8), ("dynunet", 8), ("dynunet", 16)}
 
 
-def test_demo_refuses_a_data_folder(run, tmp_path):
-    expect_refused(run("--demo"), ["DATA_DIR"], tmp_path / "out")
+# ------------------------------------------------------------------------------------------- Files
 
 
-@pytest.mark.parametrize("flags", [["--no-such-flag"], ["--recipe", "mine"], ["--epoch", "1"]])
-def test_unknown_flag_or_recipe_exits_with_2(run, tmp_path, flags):
-    status, _, err = run("--check", *flags)
-    assert (status, (tmp_path / "out").exists()) == (2, False)
-    assert flags[-1] in err or flags[0] in err
+def test_failed_writing_leaves_the_former_file_alone(monkeypatch, tmp_path):
+    path = tmp_path / "new" / "file"
+    train_pvs.write_file(path, "former")
 
-
-def test_wrong_count_of_numbers_exits_with_2(run):
-    status, _, err = run("--check", "--pix-dim", 1, 1)
-    assert status == 2
-    assert "--pix-dim" in err
-
-
-def test_help_names_every_flag(run):
-    status, out, _ = run("--help")
-    assert status == 0
-    names = ["--demo", "--check", "--overwrite", "--recipe", *map(flag_of, FIELDS)]
-    assert [name for name in names if not re.search(rf"{name}\b(?!-)", out)] == []
-
-
-@pytest.mark.parametrize("exists", [False, True])
-def test_no_data_says_how_to_get_them(run, tmp_path, exists):
-    if exists:
-        (tmp_path / "data").mkdir()
-    status, _, err = run("--check")
-    assert status == 2
-    for word in (str(tmp_path / "data"), "aws s3", "openneuro-py", "datalad", "--demo"):
-        assert word in err
-    assert "Traceback" not in err
-    assert (tmp_path / "out").exists() == exists  # nothing is made for a folder that is not there
-
-
-# ------------------------------------------------------------------------------------- arithmetic
-
-
-@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_gpu_computes_in_16_bits(monkeypatch, native, expected):
-    def supported(including_emulation=True):
-        return native or including_emulation
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert train_pvs.autocast_dtype(torch.device("cuda"), Config()) == expected
-
-
-@pytest.mark.parametrize("avx512", [True, False])
-@pytest.mark.parametrize("amx", [True, False])
-def test_cpu_computes_in_bfloat16_where_it_has_instructions(monkeypatch, avx512, amx):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    expected = torch.bfloat16 if avx512 or amx else torch.float32
-    assert train_pvs.autocast_dtype(torch.device("cpu"), Config()) == expected
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_without_amp_arithmetic_is_float32(monkeypatch, device):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    cfg = Config(AMP=False)
-    assert train_pvs.autocast_dtype(torch.device(device), cfg) == torch.float32
-    assert not train_pvs.autocast(torch.device("cpu"), cfg)._enabled
-
-
-@pytest.mark.parametrize(("available", "expected"), [(True, "cuda"), (False, "cpu")])
-def test_auto_takes_the_gpu_where_there_is_one(monkeypatch, available, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert train_pvs.choose_device(Config()).type == expected
-    assert train_pvs.choose_device(Config(DEVICE="cpu")).type == "cpu"
-
-
-# ------------------------------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize("name", ["replace", "fsync"])
-def test_failed_writing_leaves_the_former_file_alone(monkeypatch, tmp_path, name):
     def fail(*_):
         raise OSError(errno.ENOSPC, "no space left")
 
-    train_pvs.write_file(tmp_path / "file", "former")
-    monkeypatch.setattr(os, name, fail)
-    told = f"{tmp_path / 'file'}: cannot be written (no space left); it takes 3 B, "
-    with pytest.raises(OSError, match=re.escape(told)):
-        train_pvs.write_file(tmp_path / "file", "new")
-    monkeypatch.undo()
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_text() == "former"
-
-
-def test_written_file_replaces_the_former(tmp_path):
-    path = tmp_path / "new" / "file"
-    train_pvs.write_file(path, "former")
-    train_pvs.write_file(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert [p.name for p in path.parent.iterdir()] == ["file"]
-
-
-def test_json_refuses_nan(tmp_path):
-    train_pvs.write_json(tmp_path / "file", {"dice": 0.5})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        train_pvs.write_json(tmp_path / "file", {"dice": float("nan")})
-    assert json.loads((tmp_path / "file").read_text()) == {"dice": 0.5}
-
-
-def test_decision_is_not_both_given_and_chosen(run, tmp_path):
-    status, _, err = run("--tune-decision", "--threshold", 0.3)
-    assert status == 2
-    assert "THRESHOLD: --tune-decision chooses it; give only one" in err
-    assert not (tmp_path / "out").exists()
+    for name in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fail)
+            with pytest.raises(OSError, match=re.escape(f"{path}: cannot be written (no space")):
+                train_pvs.write_file(path, "new")
+        assert [p.name for p in path.parent.iterdir()] == ["file"]
+        assert path.read_text() == "former"
+    train_pvs.write_file(path, np.arange(3, dtype=np.uint8).tobytes())
+    assert path.read_bytes() == b"\0\1\2"
