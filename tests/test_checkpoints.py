@@ -98,7 +98,7 @@ NAN = float("nan")
 USELESS = [  # words of the message, and what writes the file
     (NONE, *(other_bytes(lambda c, new=new: new) for new in (b"", b"weights\n", bytes(5000)))),
     (NONE, other_bytes(lambda c: c[:5000]), other_bytes(lambda c: c[:-1])),
-    (NONE, other_bytes(lambda c: c.replace(c[5000:5004], b"\5\4\3\2"))),
+    (NONE, other_bytes(lambda c: c.replace(c[len(c) // 2 :][:8], b"damaged!"))),  # a weight
     (NONE, lambda path, _: path.write_bytes(pickle.dumps({"model": Malicious()}, 2))),
     (NONE, other(model=Malicious()), other(versions=Malicious())),
     (NONE, lambda path, content: torch.save(content["model"], path)),

@@ -207,7 +207,6 @@ VOLUMES = [
     (f"{SCAN}expected voxel sides of 0.05 to 20 mm", voxels(scan, affine=np.eye(4) / 1000)),
 ]
 
-PLAIN = "sub-002_T2w.nii: "
 NOT_WHOLE = "cannot be read to its last byte (|expected a whole file, copy it again"
 NO_INVERSE = "expected an affine that can be inverted"
 DIM = (3, 24, 28, 20, 1, 1, 1, 1)
@@ -233,8 +232,8 @@ CUTS = [  # All voxels come before the last 8 bytes: a reader that stops there s
     (SCAN + NOT_WHOLE, content(scan, lambda c: c + c[:100])),  # a second stream that is not whole
     (f"{SCAN}{UNREAD}", *(content(scan, lambda c, n=n: c[:n]) for n in (5, 10, 60))),
     (f"{SCAN}{UNREAD}", content(scan, gzip.decompress), content(scan, gzip.compress)),
-    (PLAIN + NOT_WHOLE, *(content(scan, lambda c, n=n: c[:n], "") for n in (352, 9000, -1))),
-    (PLAIN + UNREAD, *(content(scan, lambda c, n=n: c[:n], "") for n in (10, 347))),
+    ("_T2w.nii: " + NOT_WHOLE, *(content(scan, lambda c, n=n: c[:n], "") for n in (352, 9000, -1))),
+    ("_T2w.nii: " + UNREAD, *(content(scan, lambda c, n=n: c[:n], "") for n in (10, 347))),
 ]
 
 TABLES = {"names": NAMES, "volumes": VOLUMES, "headers": HEADERS, "cuts": CUTS}
@@ -272,7 +271,7 @@ def test_any_damaged_file_is_read_or_refused_by_name(check):
             whole[place : place + 4] = rng.bytes(4)
         path.write_bytes(gzip.compress(whole, 1)[: rng.choice([None, rng.integers(20_000)])])
 
-    for number in range(60):
+    for number in range(40):
         status, _, err = check(lambda folder, at=(scan, mask)[number % 2]: damage(at(folder)))
         assert (status, err) == (0, "") or (status == 2 and "sub-002" in err and "expected" in err)
 
@@ -416,23 +415,26 @@ def test_odd_but_usable_data_give_a_warning_on_screen_and_in_the_log(data, run, 
 
 
 def test_masks_that_are_or_become_empty_leave_training_and_no_other_part(data, run, tmp_path):
+    for number in (5, 6, 7):
+        make_subject(data, f"sub-00{number}", seed=number)
     for number in (2, 3):
         resave(mask(data, number), lambda a: 0 * a)
-    resave(mask(data, 4), lambda a: put(0 * a, np.ravel_multi_index((11, 13, 9), SHAPE), 1))
-    for number in (5, 6):
-        make_subject(data, f"sub-00{number}", seed=number)
-    for pix_dim in (1, 2.1):  # whose voxel centres miss the only one of sub-004
-        split = split_flags(tmp_path, train="1 2", val="3 5", test="4")
-        status, out, _ = run("--check", *split, "--pix-dim", pix_dim)
-        assert status == 0
-        assert f"left out, not in {tmp_path / 'split.json'}: sub-006\n" in out
+    for number in (4, 5):
+        resave(
+            mask(data, number), lambda a: put(0 * a, np.ravel_multi_index((11, 13, 9), SHAPE), 1)
+        )
+    split = split_flags(tmp_path, train="1 2 4", val="3 6", test="5")
+    for pix_dim, left_out in ((1, [2]), (2.1, [2, 4])):  # whose voxel centres miss the only one
+        _, out, _ = run("--check", *split, "--pix-dim", pix_dim)
+        assert f"left out, not in {tmp_path / 'split.json'}: sub-007\n" in out
         parts = re.findall(r"^  (?:val|test) +(.*)$", out, re.MULTILINE)
-        assert parts == ["sub-003 sub-005", "sub-004"]
-        assert re.search(f"^Warning: not trained with, .*: {mask(data, 2)}$", out, re.MULTILINE)
-        assert "1 train, 2 val, 1 test" in out
+        assert parts == ["sub-003 sub-006", "sub-005"]
+        told = re.findall("^Warning: not trained with, .*: (.*)$", out, re.MULTILINE)
+        assert told == [str(mask(data, number)) for number in left_out]
+        assert f"{3 - len(left_out)} train, 2 val, 1 test" in out
     split = split_flags(tmp_path, train="2 4", val="3", test="5")
     status, _, err = run("--check", *split, "--pix-dim", 2.1)
-    assert (status, "expected masks with PVS on the working grid" in err) == (2, True)
+    assert status == 2
     assert re.search(r"none is left in train, val\. Choose other .*--split .* --seed", err), err
 
 
@@ -501,8 +503,7 @@ def test_only_what_matters_makes_prepared_volumes_anew_and_data_stay_as_they_are
         return made
 
     everyone = [f"sub-00{n}" for n in range(1, 5)]
-    assert new() == everyone
-    assert new() == []
+    assert (new(), new()) == (everyone, [])
     other = "--seed 5 --img-patch-size 32 --epochs 7 --lr 0.1 --num-workers 2"
     assert new(*other.split(), "--architecture", "dynunet") == []
     assert times_of(data) == before
