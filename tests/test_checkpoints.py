@@ -26,9 +26,8 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def start(trained, tmp_path, capsys, monkeypatch):
+def start(trained, tmp_path, capsys, no_figures):
     """Call main with a command and a checkpoint, FILE in stderr; returns (status, out, err)."""
-    monkeypatch.setattr(train_pvs.plt.Figure, "savefig", lambda self, file, **_: file.write(b"-"))
 
     def call(command, path, *flags):
         if command == "resume":
