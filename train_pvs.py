@@ -640,7 +640,7 @@ def logging_to_screen():
         with suppress(AttributeError):  # of a notebook, which prints all letters
             stream.reconfigure(errors="backslashreplace")
     log.setLevel(logging.INFO if first_process() else logging.ERROR)
-    log.propagate = False
+    log.propagate = logging.raiseExceptions = False  # of a full disk the next file tells
     log.addHandler(Screen())
     try:
         yield
@@ -1568,11 +1568,17 @@ def read_last(path, cfg, options):
     then, now = content["processes"], process_number("WORLD_SIZE")
     told = f"processes (torchrun --nproc_per_node): the run has {then:d}, now there are {now:d}"
     require(then == now, told)
-    told = "Warning: the run began with %s %s, now it is %s: the numbers may differ"
-    now = describe_origin(cfg)
-    for name, then in sorted(content["versions"].items() - now.items()):
-        log.warning(told, name, then, now.get(name))
     return content, cfg
+
+
+def warn_of_other_versions(content, cfg):
+    """Tell which packages, or which number format, are not those that a run began with."""
+    now, told = (
+        describe_origin(cfg),
+        "Warning: the run began with %s %s, now it is %s: the numbers ",
+    )
+    for name, then in sorted(content["versions"].items() - now.items()):
+        log.warning(told + "may differ", name, then, now.get(name))
 
 
 def split_as_before(cases, content):
@@ -2418,6 +2424,7 @@ def set_up_training(cfg, options):
             model = build_model(cfg, pretrained=not (last or cfg.INIT_FROM or options.check))
         wait_for_all()
     if last:
+        warn_of_other_versions(last, cfg)
         load_weights(model, last, run.last)
     cases = find_cases(cfg)
     split = split_as_before(cases, last) if last else split_cases(cases, cfg)

@@ -385,12 +385,6 @@ def limit_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def test_log_that_finds_no_room_ends_the_run_in_a_line(begin, heads):
-    run = begin(data=heads, hook=(limit_files, 500))
-    log = run.out / "logs" / "train.log"
-    run.end(1, f"Error: {log}: cannot be written (File too large)", "", 60)
-
-
 def limit_memory(size):
     """Let this process take `size` bytes more."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
