@@ -1417,13 +1417,13 @@ def calculate_boundary_metrics(pred, label, spacing):
 
 
 def network_input(image, device, cfg):
-    """Return images (B, 1, H, W, D) on `device`, in the memory layout that was measured to be fast.
+    """Return images (B, 1, H, W, D) on `device`, in the memory layout that is right and fast.
 
-    Channels-last is faster on CPUs, but for the backward pass of depthwise convolutions in
-    bfloat16. On an H100 it is slower, with efficientnet-b7 4 (training) and 11 times (inference).
+    Channels-last is faster on CPUs, but gives wrong bfloat16 gradients of depthwise convolutions
+    (torch 2.14.1). On an H100 it is slower, with efficientnet-b7 4 (training) and 11 times.
     """
-    slow = torch.is_grad_enabled() and autocast_dtype(device, cfg) != torch.float32
-    layout = torch.contiguous_format if device.type != "cpu" or slow else torch.channels_last_3d
+    wrong = torch.is_grad_enabled() and autocast_dtype(device, cfg) != torch.float32
+    layout = torch.contiguous_format if device.type != "cpu" or wrong else torch.channels_last_3d
     # Not `contiguous`, which leaves images of one channel as they are.
     return image.to(device, non_blocking=True, memory_format=layout)
 
