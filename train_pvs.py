@@ -1211,7 +1211,7 @@ class TrainingPatches(Dataset):
 
 
 class EpochSampler(Sampler):
-    """Yield the batches of (epoch, number) of `epoch`, to be set before: every case in a new order.
+    """Yield the batches of (epoch, number), from `epoch` on without end: all cases in a new order.
 
     Processes share it out; a few cases come twice where they would not have equally many.
     """
@@ -1224,23 +1224,40 @@ class EpochSampler(Sampler):
         return math.ceil(self.shared / self.batch_size)
 
     def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
-        order = share(np.resize(order, self.shared * process_number("WORLD_SIZE")).tolist())
-        for start in range(0, self.shared, self.batch_size):
-            yield [(self.epoch, number) for number in order[start : start + self.batch_size]]
+        for epoch in itertools.count(self.epoch):
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            order = share(np.resize(order, self.shared * process_number("WORLD_SIZE")).tolist())
+            for start in range(0, self.shared, self.batch_size):
+                yield [(epoch, number) for number in order[start : start + self.batch_size]]
+
+
+class TrainLoader(DataLoader):
+    """A loader of the sampler's `epoch`, whose workers go on with the next one's batches.
+
+    So training waits for none after a validation: half of short epochs on an H100 without it.
+    """
+
+    batches, following = None, None
+
+    def __iter__(self):
+        epoch = self.batch_sampler.epoch
+        if epoch != self.following:
+            self.batches = super().__iter__()
+        self.following = None  # what is broken off here is begun anew
+        yield from itertools.islice(self.batches, len(self))
+        self.following = epoch + 1
 
 
 def build_train_loader(cases, cfg, device):
     """Return the loader of batches: BATCH_SIZE volumes' patches, (B, 1, *IMG_PATCH_SIZE)."""
-    workers = {"num_workers": worker_count(cfg), "persistent_workers": worker_count(cfg) > 0}
-    return DataLoader(
+    return TrainLoader(
         TrainingPatches(cases, cfg),
         batch_sampler=EpochSampler(len(cases), cfg),
+        num_workers=worker_count(cfg),
         collate_fn=list_data_collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_run,
         generator=torch.Generator(),  # so that it draws nothing from the model's random numbers
-        **workers,
     )
 
 
