@@ -272,11 +272,9 @@ def test_folder_of_a_running_training_is_refused_and_free_as_soon_as_it_is_kille
         assert status == 2
         assert err.startswith(f"Error: {run.out}: another run is using this folder")
     assert snapshot(run.out / "logs", ["train.log", "training_history.json"]) == kept
-    workers = run.workers()
-    assert len(workers) == 2
+    assert len(run.workers()) == 2  # which live for some seconds more
     os.kill(run.pid, signal.SIGKILL)
     run.process.join(5)
-    assert run.workers() == workers  # for some seconds
     left = run.out / "predictions" / ".writing-1-mask.nii.gz"
     left.parent.mkdir(exist_ok=True)
     left.write_text("half a file")
@@ -397,7 +395,7 @@ def test_memory_that_runs_out_is_told_with_what_to_lower(begin, finished, tmp_pa
     scans = [image_path(tmp_path, "sub-large"), image_path(finished.data, "sub-001")]
     flags = ("--checkpoint", finished.best, "--output-dir", tmp_path / "out", *MACHINE)
     large = ("--sw-batch-size", 1000)
-    run = begin("--predict", *scans, *flags, *large, hook=(limit_memory, 100_000_000))
+    run = begin("--predict", *scans, *flags, *large, hook=(limit_memory, 200_000_000))
     run.process.join(60)
     assert run.process.exitcode == 1
     told = f"Not segmented: {scans[0]}: memory ran out; To need less: --sw-batch-size 1;"

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -137,10 +136,10 @@ def test_each_case_is_trained_on_by_one_of_the_processes(
     assert sorted(map(drawn.count, set(drawn))) == [1, 1, 1, 1, 2, 2]
 
 
-def test_killed_process_ends_the_run_which_goes_on_exactly_with_as_many(begin, tmp_path):
+def test_run_whose_processes_are_killed_or_stopped_goes_on_exactly_with_as_many(begin, tmp_path):
     out = tmp_path / "out"
     processes, screens = begin(*SETTINGS, "--epochs", 500)
-    wait_for_epochs(out, 2)
+    wait_for_epochs(out, 1)
     os.kill(processes[1].pid, signal.SIGKILL)
     assert end(processes) == [1, -signal.SIGKILL]
     told = screens[0].read_text().splitlines()
@@ -148,15 +147,23 @@ def test_killed_process_ends_the_run_which_goes_on_exactly_with_as_many(begin, t
         "Error: another process of the run has ended.",
         "Go on with the same command and --resume.",
     ]
-    epochs = len(json.loads((out / "logs" / "training_history.json").read_text())) + 1
-    more = ("--epochs", epochs)
-    processes, screens = begin("--resume", *more, count=1)
+    processes, screens = begin("--resume", count=1)
     assert end(processes) == [2]
-    assert "torchrun --nproc_per_node): the run has 2, now there are 1" in screens[0].read_text()
-    processes, _ = begin("--resume", *more)
-    assert set(end(processes)) in ({0}, {1})
-    processes, _ = begin(*SETTINGS, *more, out=tmp_path / "whole")
-    assert set(end(processes)) in ({0}, {1})
+    assert re.search("torchrun.*: the run has 2, now there are 1", screens[0].read_text())
+
+    processes, screens = begin("--resume")
+    wait_for_epochs(out, 3)
+    for process in processes:  # as torchrun does when it is stopped
+        os.kill(process.pid, signal.SIGTERM)
+    assert end(processes) == [143, 143]
+    told = "".join(screen.read_text() for screen in screens)
+    assert told.count("Interrupted (SIGTERM). Go on with the same command and --resume.") == 1
+    assert "Traceback" not in told
+
+    epochs = len(json.loads((out / "logs" / "training_history.json").read_text())) + 1
+    for flags, place in ((("--resume",), out), (SETTINGS, tmp_path / "whole")):
+        processes, screens = begin(*flags, "--epochs", epochs, out=place)
+        assert set(end(processes)) in ({0}, {1}), screens[0].read_text()
     assert outcome(out) == outcome(tmp_path / "whole")
 
 
@@ -184,31 +191,13 @@ def test_errors_of_settings_and_data_are_told_once_and_end_all_processes(begin, 
     assert len(re.findall("cannot be read to its last byte", texts)) == 2
 
 
-def processes_of(out):
-    """Return the processes with a folder in their command line."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found += [path.parent.name] if str(out) in path.read_text(errors="replace") else []
-        except OSError:  # it has ended meanwhile
-            continue
-    return found
-
-
-def test_sigterm_to_torchrun_leaves_no_process_and_a_run_to_resume(heads, tmp_path):
-    out = tmp_path / "out"
+def test_torchrun_tells_its_processes_what_the_script_reads():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    places = [train_pvs.__file__, "--data-dir", str(heads), "--output-dir", str(out)]
-    command = [*torchrun, *places, *map(str, SETTINGS), "--epochs", "500"]
-    with (tmp_path / "screen").open("w") as screen:
-        launcher = subprocess.Popen(command, stdout=screen, stderr=screen)
-    try:
-        wait_for_epochs(out, 2)
-        launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(60) != 0
-    finally:
-        launcher.kill()
-    assert processes_of(out) == []
-    told = (tmp_path / "screen").read_text()
-    assert told.count("Interrupted (SIGTERM). Go on with the same command and --resume.") == 1
-    assert (out / "checkpoints" / "last.pth").exists()
+    result = subprocess.run([*torchrun, "--no-python", "env"], capture_output=True, text=True)
+    told = result.stdout.splitlines()
+    for name, values in {"RANK": "01", "LOCAL_RANK": "01", "WORLD_SIZE": "22"}.items():
+        assert sorted(line for line in told if line.startswith(f"{name}=")) == [
+            f"{name}={value}" for value in values
+        ]
+    assert sum(line.startswith("TORCHELASTIC_RUN_ID=") for line in told) == 2
+    assert told.count("LOCAL_WORLD_SIZE=2") == 2
