@@ -392,8 +392,9 @@ def parse_command_line(argv):
 
 
 def process_number(name):
-    """Return RANK, WORLD_SIZE or their LOCAL_ ones (of this computer) as torchrun gives them."""
-    return int(os.environ.get(name, 0)) if "TORCHELASTIC_RUN_ID" in os.environ else "SIZE" in name
+    """Return RANK, WORLD_SIZE or their LOCAL_ ones, as torchrun gives them; without it 0 and 1."""
+    alone = 1 if name.endswith("WORLD_SIZE") else 0
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
 
 
 def first_process():
@@ -437,6 +438,16 @@ def wait_for_all():
     """Return when all processes have come here."""
     if process_number("WORLD_SIZE") > 1:
         dist.barrier()
+
+
+@contextmanager
+def first_process_first():
+    """Let the first process do a block before the others."""
+    if not first_process():
+        wait_for_all()
+    yield
+    if first_process():
+        wait_for_all()
 
 
 def choose_device(cfg):
@@ -984,7 +995,8 @@ def scale_intensity(image, percentiles):
 def build_transforms(cfg):
     """Return the deterministic transforms, native grid (1, X, Y, Z) to working grid (1, H, W, D).
 
-    The image ends in [0, 1], the label as 0 or 1; it may be missing. New code, new cache.
+    The image ends in [0, 1], the label as 0 or 1; it may be missing. A change of this code makes a
+    new cache; a function of your own that it calls belongs in MAKERS.
     """
     scale = functools.partial(scale_intensity, percentiles=cfg.INTENSITY_PERCENTILES)
     spacing = {"pixdim": cfg.PIX_DIM, "mode": INTERPOLATION, "dtype": torch.float32}
@@ -1103,16 +1115,19 @@ def fill_cache(case, cfg):
     return facts
 
 
-MAKERS = (read_pair, read_volume, head_mask, scale_intensity, build_transforms, to_working_grid)
+MAKERS = (read_pair, read_header, read_volume, check_mask, ras_spacing, head_mask, scale_intensity)
+MAKERS += (build_transforms, to_working_grid, to_native_grid, fill_cache)
 LIBRARIES = [importlib.metadata.version(name) for name in ("monai", "torch", "scipy", "numpy")]
-CACHED_CODE = [inspect.getsource(maker) for maker in (*MAKERS, fill_cache)]
+CACHED_CODE = [inspect.getsource(maker) for maker in MAKERS]
+CACHED_SETTINGS = sorted(set(re.findall(r"cfg\.([A-Z]\w+)", "".join(CACHED_CODE))))
 
 
 def cache_path(case, cfg):
     """Return where a case's prepared volume lies; other files, settings or code, another name."""
     stats = [(path, os.stat(path)) for path in (case.image, case.label)]
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    key = (files, cfg.PIX_DIM, cfg.INTENSITY_PERCENTILES, CACHED_CODE, LIBRARIES, INTERPOLATION)
+    settings = [getattr(cfg, name) for name in CACHED_SETTINGS]
+    key = (files, settings, CACHED_CODE, LIBRARIES, INTERPOLATION)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     return cache_folder(cfg) / f"{case.name}-{digest}.pt"
 
@@ -1351,8 +1366,9 @@ def start_at_log_odds(model, cases, cfg):
 # 0.5 BCE + 0.5 Dice loss of logits and labels (B, 1, H, W, D), both float32. The Dice term is one
 # over the whole batch, smoothed by 1, since a patch may hold no PVS (Milletari et al. 2016,
 # 10.1109/3DV.2016.79).
-halves = {"lambda_dice": 0.5, "lambda_ce": 0.5}
-loss_function = DiceCELoss(sigmoid=True, batch=True, smooth_nr=1, smooth_dr=1, **halves)
+loss_function = DiceCELoss(
+    sigmoid=True, batch=True, smooth_nr=1, smooth_dr=1, lambda_dice=0.5, lambda_ce=0.5
+)
 
 METRICS = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
 EMPTY_MASKS = (  # so that neither a missed nor an invented finding drops out of a mean
@@ -1529,8 +1545,8 @@ def read_checkpoint(path, keys=CHECKPOINT_KEYS):
         require(all(isinstance(content[key], dict) for key in keys), "other content")
         return content
     except READ_ERRORS as error:
-        told = f"{path}: expected a checkpoint of this script ({explain(error)}); train first, "
-        raise ValueError(told + "without --resume, or name one with --checkpoint") from None
+        told = f"{path}: expected a checkpoint of this script ({explain(error)}); a run writes one"
+        raise ValueError(told + " after its first epoch") from None
 
 
 def load_weights(model, content, path):
@@ -1590,12 +1606,10 @@ def read_last(path, cfg, options):
 
 def warn_of_other_versions(content, cfg):
     """Tell which packages, or which number format, are not those that a run began with."""
-    now, told = (
-        describe_origin(cfg),
-        "Warning: the run began with %s %s, now it is %s: the numbers ",
-    )
+    now = describe_origin(cfg)
+    message = "Warning: the run began with %s %s, now it is %s: the numbers may differ"
     for name, then in sorted(content["versions"].items() - now.items()):
-        log.warning(told + "may differ", name, then, now.get(name))
+        log.warning(message, name, then, now.get(name))
 
 
 def split_as_before(cases, content):
@@ -2233,9 +2247,9 @@ def draw_training_curves(run, cfg):
         return
     history = read_json(run.history)
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    panels = {"loss, 0.5 BCE + 0.5 Dice loss": ("train_loss", "val_loss")}
+    panels = {"loss": ("train_loss", "val_loss")}
     panels |= {f"Dice, {describe_grid(cfg)}": ("train_dice", "val_dice"), "learning rate": ("lr",)}
-    told = {"train": "training patches", "val": "validation volumes", "lr": "AdamW"}
+    told = {"train": "training patches", "val": "validation volumes", "lr": "learning rate"}
     for ax, (title, keys) in zip(axes, panels.items(), strict=True):
         for key in keys:
             points = [(row["epoch"], row[key]) for row in history if row[key] is not None]
@@ -2375,7 +2389,7 @@ def make_demo_data(folder, seed):
 
 # -------------------------------------------------------------------------------------------- Main
 
-FAILURES = (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError, KeyboardInterrupt)
+FAILURES = (ValueError, OSError, EOFError, ArithmeticError, RuntimeError, MemoryError)
 
 
 def log_settings(cfg, options, title):
@@ -2434,12 +2448,10 @@ def set_up_training(cfg, options):
     replaceable = options.overwrite or options.check or options.resume or again
     run.open("check" if options.check else "train", replaceable, options.overwrite)
     log_settings(cfg, options, f"recipe {options.recipe}")
-    for turn in (True, False):  # the first process makes data, and downloads weights, for all
-        if first_process() == turn:
-            if options.demo:
-                make_demo_data(cfg.DATA_DIR, cfg.SEED)
-            model = build_model(cfg, pretrained=not (last or cfg.INIT_FROM or options.check))
-        wait_for_all()
+    with first_process_first():  # it makes the demo's data, and downloads weights, for all
+        if options.demo:
+            make_demo_data(cfg.DATA_DIR, cfg.SEED)
+        model = build_model(cfg, pretrained=not (last or cfg.INIT_FROM or options.check))
     if last:
         warn_of_other_versions(last, cfg)
         load_weights(model, last, run.last)
@@ -2511,10 +2523,8 @@ def evaluate(run, model, cases, contents, cfg):
     rows, cuts, weights = [], [], []
     for case in Progress(share(cases), "testing"):
         entry, (image, label) = load_cached(case), read_again(case)
-        (working_prob, prob), affine = (
-            predict_case(model, entry, cfg),
-            entry["native_affine"].numpy(),
-        )
+        working_prob, prob = predict_case(model, entry, cfg)
+        affine = entry["native_affine"].numpy()
         pred = decide(prob, affine, cfg)
         working_pred = decide(working_prob, entry["affine"].numpy(), cfg)
         write_prediction(run, case, pred, prob, cfg)
@@ -2617,7 +2627,7 @@ def set_up_trained(cfg, options):
     command = "predict" if options.predict else f"evaluate-{Path(cfg.DATA_DIR).resolve().name}"
     cases = find_scans(options.predict, cfg) if options.predict else find_cases(cfg)
     # Whether --evaluate makes the test of a run again: its weights, data and decision.
-    same = all(saved.get(name) == getattr(cfg, name) for name in {"DATA_DIR", *names(Decision)})
+    same = all(saved.get(name) == getattr(cfg, name) for name in names(Data, Decision))
     own = options.evaluate and same and [p.resolve() for p in paths] == [run.best.resolve()]
     if not own and run.best.parent.exists():
         run = Run(run.folder / command)  # its own, in the run's
@@ -2638,6 +2648,8 @@ def set_up_trained(cfg, options):
         log_plan(run, cfg, models, f"{len(cases)} to segment")
         return functools.partial(predict_scans, run, models, cases, cfg)
     cases = choose_test_cases(prepare_cases(cases, cfg), contents)
+    if own:  # no others than the run has tested
+        cases = [case for case in cases if case.name in contents[0][1]["sha256"]["test"]]
     log_plan(run, cfg, models, f"{len(cases)} to test")
     return functools.partial(evaluate, run, models, cases, contents, cfg)
 
@@ -2661,15 +2673,15 @@ def tell_failure(error, cfg, options, begun):
         told, status = f"Interrupted ({number.name}). {way_on}", 128 + number
     elif isinstance(error, ValueError | FileNotFoundError) and not begun:
         told, status = f"Error: {text}", 2
-    elif re.search("Connection (closed|reset) by peer", text):
+    elif process_number("WORLD_SIZE") > 1 and re.search("Connection (closed|reset)", text):
         told = f"Error: another process of the run has ended.\n{way_on}"
     elif isinstance(error, FloatingPointError):
         alone, told = True, f"Error: {text}"
-    elif isinstance(error, OSError):  # a worker's own holds its traceback
-        alone, told = True, "Error: " + text.rsplit("\nOSError: ", 1)[-1] + f"\n{way_on}"
-    elif "DataLoader worker (pid" in text:
+    elif "DataLoader worker (pid" in text or isinstance(error, ConnectionError | EOFError):
         told = "Error: a worker process was killed, most likely since memory, or /dev/shm, ran out."
         told += f"\nFirst lower --num-workers. {OUT_OF_MEMORY}\n{way_on}"
+    elif isinstance(error, OSError):  # a worker's own holds its traceback
+        alone, told = True, "Error: " + text.rsplit("\nOSError: ", 1)[-1] + f"\n{way_on}"
     elif lacks_memory(error):
         cause = text.split("\n")[0]
         alone, told = True, f"Error: memory ran out ({cause}).\n{OUT_OF_MEMORY}\n{way_on}"
@@ -2692,7 +2704,7 @@ def main(argv=None):
                 status = work()
                 wait_for_all()  # torchrun ends all when one has ended with another status than 0
                 return status
-        except FAILURES as error:
+        except (*FAILURES, KeyboardInterrupt) as error:
             return tell_failure(error, cfg, options, begun=work)
 
 
