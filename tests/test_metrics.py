@@ -7,6 +7,7 @@ import pytest
 import surface_distance
 import torch
 from scipy import ndimage
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import cdist
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 from torch.nn.functional import binary_cross_entropy
@@ -40,10 +41,6 @@ def test_scores_of_hand_worked_masks():
     table = {
         # 1 hit, 3 found, 2 true: 2*1/(3+2), 1/(3+2-1), 1/3, 1/2
         ("1110", "1001"): (2 / 5, 1 / 4, 1 / 3, 1 / 2),
-        # 2 hits, 2 found, 3 true: 2*2/(2+3), 2/(2+3-2), 2/2, 2/3
-        ("0110", "0111"): (4 / 5, 2 / 3, 1, 2 / 3),
-        ("1010", "1010"): (1, 1, 1, 1),
-        ("1000", "0100"): (0, 0, 0, 0),
         ("0000", "0000"): (1, 1, 1, 1),  # nothing there, nothing found
         ("0000", "0100"): (0, 0, 0, 0),  # missed
         ("0100", "0000"): (0, 0, 0, 0),  # invented
@@ -66,20 +63,14 @@ def test_loss_is_half_bce_and_half_dice_loss_over_the_whole_batch():
         torch.testing.assert_close(train_pvs.loss_function(logits, label), expected)
 
 
-# ----------------------------------------------------------------------------------------- lesions
+RULES, NONE_MATCHED = ("any", "iou"), (0, 0, 0, 0, 0)
 
 
 def lesion_row(counts, any_overlap, iou):
     """Return the row of scores; of a rule: matched of both sides, sensitivity, precision, F1."""
-    row = dict(zip(("count_label", "count_pred"), counts, strict=True))
-    names = ("matched_label", "matched_pred")
-    names += ("lesion_sensitivity", "lesion_precision", "lesion_f1")
-    for rule, numbers in {"any": any_overlap, "iou": iou}.items():
-        row |= {f"{name}_{rule}": number for name, number in zip(names, numbers, strict=True)}
-    return row
-
-
-NONE_MATCHED = (0, 0, 0, 0, 0)
+    names = "matched_label matched_pred lesion_sensitivity lesion_precision lesion_f1".split()
+    columns = ["count_label", "count_pred", *(f"{n}_{rule}" for rule in RULES for n in names)]
+    return dict(zip(columns, (*counts, *any_overlap, *iou), strict=True))
 
 
 def test_lesion_scores_of_hand_worked_masks():
@@ -87,16 +78,11 @@ def test_lesion_scores_of_hand_worked_masks():
     for label, pred, counts, any_overlap, iou in (
         # One found over two true: IoU 2/5 with each, so all three are matched.
         ("11.11", "11111", (2, 1), (2, 1, 1, 1, 1), (2, 1, 1, 1, 1)),
-        # One true hit by two found: the same seen from the other side.
-        ("11111", "11.11", (1, 2), (1, 2, 1, 1, 1), (1, 2, 1, 1, 1)),
         # 1 of 3 true, 1 of 2 found, IoU 1/3; F1 2 * 1/3 * 1/2 / (1/3 + 1/2) = 2/5
         ("111.1..1", "1....1..", (3, 2), (1, 1, 1 / 3, 1 / 2, 2 / 5), (1, 1, 1 / 3, 1 / 2, 2 / 5)),
         # IoU 1/10 is not above 0.1, 1/9 is
         ("1111111111", ".1........", (1, 1), (1, 1, 1, 1, 1), NONE_MATCHED),
         ("111111111.", ".1........", (1, 1), (1, 1, 1, 1, 1), (1, 1, 1, 1, 1)),
-        # the same with a true one that is smaller than what was found, IoU 3/30 and 3/29
-        ("111".center(30, "."), 30 * "1", (1, 1), (1, 1, 1, 1, 1), NONE_MATCHED),
-        ("111".center(29, "."), 29 * "1", (1, 1), (1, 1, 1, 1, 1), (1, 1, 1, 1, 1)),
         # A blob over 6 small ones, IoU 1/11 with each. They cover 6/11 of it together, but the
         # best single counterpart decides.
         ("1.1.1.1.1.1", 11 * "1", (6, 1), (6, 1, 1, 1, 1), NONE_MATCHED),
@@ -105,7 +91,6 @@ def test_lesion_scores_of_hand_worked_masks():
         (11 * "1" + ".111", 10 * "." + "11111", (2, 1), (2, 1, 1, 1, 1), (1, 1, 1 / 2, 1, 2 / 3)),
         ("11.1", "....", (2, 0), NONE_MATCHED, NONE_MATCHED),  # missed
         ("....", "1.1.", (0, 2), NONE_MATCHED, NONE_MATCHED),  # invented
-        ("1...", "..1.", (1, 1), NONE_MATCHED, NONE_MATCHED),  # beside it
         ("....", "....", (0, 0), (0, 0, 1, 1, 1), (0, 0, 1, 1, 1)),  # nothing there or found
     ):
         row = train_pvs.calculate_lesion_metrics(line(pred), line(label))
@@ -115,16 +100,10 @@ def test_lesion_scores_of_hand_worked_masks():
 
 
 def components(mask):
-    """Return the components of voxels that share a corner at least, as sets, by a search."""
-    left, found = set(map(tuple, np.argwhere(mask).tolist())), []
-    while left:
-        queue = [left.pop()]
-        for x, y, z in queue:  # it grows
-            around = {(x + i, y + j, z + k) for i, j, k in product((-1, 0, 1), repeat=3)} & left
-            left -= around
-            queue += around
-        found.append(set(queue))
-    return found
+    """Return the components of voxels that share a corner at least, as sets, from all pairs."""
+    voxels = np.argwhere(mask)
+    count, of = connected_components(cdist(voxels, voxels, "chebyshev") <= 1)
+    return [set(map(tuple, voxels[of == n].tolist())) for n in range(count)]
 
 
 def slow_lesion_metrics(pred, label):
@@ -149,10 +128,6 @@ def test_lesion_scores_agree_with_sets_of_voxels():
         row = train_pvs.calculate_lesion_metrics(pred, label)
         assert row == pytest.approx(slow_lesion_metrics(pred, label))
         assert row["matched_label_iou"] < row["matched_label_any"] < row["count_label"]
-        assert max(score for name, score in row.items() if name.startswith("lesion")) <= 1
-
-
-# ---------------------------------------------------------------------------------------- surfaces
 
 
 def make_blobs(seed, margin):
@@ -207,20 +182,6 @@ def test_a_shift_of_one_voxel_is_within_the_tolerance_of_one_voxel():
         row = train_pvs.calculate_boundary_metrics(*make_boxes(axis, 1), np.full(3, side, float))
         assert row.pop("hd95_mm") == pytest.approx(side)
         assert row == {"nsd_voxel": 1, "nsd_1mm": 1, "one_mask_empty": False}
-
-
-def test_tolerances_of_the_surface_are_the_largest_voxel_side_and_1_mm():
-    both, wrong = {"nsd_voxel", "nsd_1mm"}, []
-    for axis, step, hd95, whole in (  # voxels of 3 x 1 x 0.5 mm: within 3 mm, and within 1 mm
-        *((0, 1, 3, {"nsd_voxel"}), (0, 2, 6, set()), (1, 1, 1, both)),
-        *((1, 2, 2, {"nsd_voxel"}), (2, 2, 1, both)),
-    ):
-        boxes = make_boxes(axis, step)
-        row = train_pvs.calculate_boundary_metrics(*boxes, np.array([3.0, 1.0, 0.5]))
-        within = {name for name in both if row[name] == 1}
-        if (row["hd95_mm"], within) != (hd95, whole) or not 0 < row["nsd_1mm"] <= row["nsd_voxel"]:
-            wrong.append((axis, step, row))
-    assert not wrong
 
 
 def test_surfaces_of_a_missed_or_an_invented_pvs_are_worse_than_of_any_found_one():

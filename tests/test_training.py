@@ -37,9 +37,6 @@ def vector(model):
     return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
-# ------------------------------------------------------------------------------------------- steps
-
-
 @pytest.fixture
 def conv_step(tiny_config):
     """Train a convolution for an epoch by SGD at LR 1; return its weights before and after."""
@@ -73,11 +70,6 @@ def test_accumulated_batches_make_one_step_down_the_mean_of_their_losses(conv_st
     for steps, groups in ((1, [[b] for b in batches]), (3, [batches[:3], batches[3:]])):
         before, after, _ = conv_step(batches, ACCUMULATE_STEPS=steps)
         torch.testing.assert_close(after, descend(before, groups), atol=1e-6, rtol=1e-5)
-    # Two halves of a larger batch make nearly its step: the Dice term is one over the batch.
-    joined = {key: torch.cat([b[key] for b in batches[:2]]) for key in ("image", "label")}
-    before, after, _ = conv_step(batches[:2], ACCUMULATE_STEPS=2)
-    _, large, _ = conv_step([joined | {"name": ["a"]}])
-    assert (after - large).norm() < 0.05 * (large - before).norm()
 
 
 def test_gradient_is_clipped_and_loss_and_dice_of_an_epoch_are_those_of_its_patches(conv_step):
@@ -98,21 +90,9 @@ def test_gradient_is_clipped_and_loss_and_dice_of_an_epoch_are_those_of_its_patc
     assert dice == pytest.approx((2 * (pred & label).sum() / (pred.sum() + label.sum())).item())
 
 
-def test_loss_or_gradient_that_is_not_finite_ends_the_epoch_and_names_the_cases(conv_step):
-    batches = make_batches(3)
-    batches[1]["image"][0, 0, 0, 0, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"^the loss became nan in epoch 4 with b\."):
-        conv_step(batches, epoch=4)
-    huge = make_batches(3)
-    huge[2]["image"] *= 1e30  # logits of 1e29 have a finite loss; the gradient's norm squares it
-    told = r"^the gradient became inf in epoch 1 with b, c\."
-    with pytest.raises(FloatingPointError, match=told):
-        conv_step(huge[1:], ACCUMULATE_STEPS=2)
-
-
 def test_average_follows_weights_and_batchnorm_after_every_step(tiny_config):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.BatchNorm3d(2), nn.Conv3d(2, 1, 1))
+    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2), nn.ConvTranspose3d(2, 1, 3))
     cfg = tiny_config(AMP=False, EMA_DECAY=0.6, LR=0.1, ACCUMULATE_STEPS=2)
     state, seen = train_pvs.TrainState(model, cfg), []
     names = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
@@ -125,27 +105,6 @@ def test_average_follows_weights_and_batchnorm_after_every_step(tiny_config):
         average = 0.6 * average + 0.4 * now
     torch.testing.assert_close(values(state.kept), average, atol=1e-6, rtol=1e-4)
     assert (average - values(model)).abs().max() > 0.01
-
-
-# -------------------------------------------------------------------------------------- arithmetic
-
-
-def test_float32_is_used_on_a_cpu_where_its_bfloat16_gradients_are_noise(tiny_config):
-    """That is where a 3 x 3 x 3 convolution meets features whose first side is 2."""
-    wrong = []
-    for architecture, depth, sides, trusted in (
-        *(("unetplusplus", 3, (16, 16, 16), True), ("unetplusplus", 3, (8, 16, 16), False)),
-        *(("unetplusplus", 5, (32, 32, 32), False), ("unetplusplus", 5, (96, 96, 96), True)),
-        *(("dynunet", 3, (16, 16, 16), False), ("dynunet", 3, (32, 16, 16), True)),
-        *(("dynunet", 4, (32, 64, 64), False), ("dynunet", 3, (24, 16, 16), True)),
-        *(("dynunet", 5, (64, 64, 64), False), ("dynunet", 5, (96, 64, 64), True)),
-    ):
-        settings = {"ARCHITECTURE": architecture, "ENCODER_DEPTH": depth, "IMG_PATCH_SIZE": sides}
-        for amp in (True, False):
-            expected = torch.bfloat16 if amp and trusted and BFLOAT16 else torch.float32
-            if train_pvs.autocast_dtype(CPU, tiny_config(AMP=amp, **settings)) != expected:
-                wrong.append((settings, amp))
-    assert not wrong
 
 
 def gradient_errors(cfg, batch):
@@ -226,9 +185,6 @@ def test_equal_runs_and_a_resumed_one_are_equal_bit_by_bit_with_or_without_worke
     assert same == (not BFLOAT16)
 
 
-# ---------------------------------------------------------------------------------------- learning
-
-
 def test_small_network_learns_a_single_volume(tmp_path, tiny_config):
     label = np.zeros((32, 32, 32), np.int16)
     for x, y in [(8, 8), (8, 22), (22, 8), (22, 22), (15, 15)]:
@@ -248,9 +204,6 @@ def test_small_network_learns_a_single_volume(tmp_path, tiny_config):
     assert history[0]["val_dice"] < history[-1]["val_dice"]
     assert history[-1]["val_dice"] > 0.8
     assert history[-1]["train_dice"] > 0.8
-
-
-# ------------------------------------------------------------------------------------- validations
 
 
 class Scripted(nn.Module):
@@ -306,12 +259,8 @@ def test_run_is_not_stopped_while_the_dice_never_left_0_and_that_is_told_once(fi
 
 
 def test_run_stops_after_so_many_validations_without_a_better_dice(fit, messages):
-    for found, every, last in (
-        ([9] * 20, 1, 4),
-        ([0] * 4 + [9] * 9, 1, 8),
-        # Validated: 1 (best), 2, 4, 6; the third without a better Dice is in epoch 6.
-        ([9] * 20, 2, 6),
-    ):
+    # Validated: 1 (best), 2, 4, 6; the third without a better Dice is in epoch 6.
+    for found, every, last in (([0] * 4 + [9] * 9, 1, 8), ([9] * 20, 2, 6)):
         history, _ = fit(Scripted(found), EPOCHS=20, EARLY_STOPPING=3, VAL_EVERY=every)
         assert history[-1]["epoch"] == last
         assert "Stopped early: no better validation Dice in 3 validations" in messages.text
@@ -325,7 +274,6 @@ def test_best_weights_and_scores_are_those_of_the_first_validation_with_the_best
     best = train_pvs.read_checkpoint(run.best)
     assert best["history_row"] == history[2]
     assert torch.equal(best["model"]["weight"], model.seen[2])
-    assert len({float(weight) for weight in model.seen}) == 6  # training has moved it
     dices = [2 * n / (n + 64) for n in found]
     assert [row["val_dice"] for row in history] == pytest.approx(dices)
     # 48 of 4096 voxels are missed with a logit of -10; the other ones cost next to nothing.
