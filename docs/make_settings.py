@@ -24,7 +24,7 @@ text. A setting of your own is one more line in a group; it becomes a flag by it
 def settings_page():
     """Return the text of docs/settings.md."""
     source = (ROOT / "train_pvs.py").read_text()
-    comments = dict(re.findall(r"^    ([A-Z]\w+): .*?  # (.*)$", source, re.M))
+    comments = dict(re.findall(r"^    ([A-Z]\w+)\b.*?  # (.*)$", source, re.M))
     parts = [HEAD]
     for group in reversed(train_pvs.Config.__bases__[:-1]):
         parts.append(f"## {group.__name__}\n\n{group.__doc__}\n")
@@ -32,7 +32,7 @@ def settings_page():
         for field in fields(group):
             default = train_pvs.words(field.default) if field.default != "" else ""
             shown = f"`{default}`" if default else ""
-            lines.append(f"| `{field.name}` | {shown} | {comments[field.name]} |")
+            lines.append(f"| `{field.name}` | {shown} | {comments.get(field.name, '')} |")
         parts.append("\n".join(lines) + "\n")
     parts.append("## Recipes\n\nEach is a set of flags, chosen with `--recipe`.\n")
     lines = ["| recipe | flags |", "| --- | --- |"]
