@@ -13,6 +13,11 @@ loss_function, train_one_epoch, predict_prob (windows), decide (probability to m
 Two grids: a scan's own *native grid*, the network's *working grid* (RAS, `PIX_DIM`, head only).
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, which take seconds
+
 import argparse
 import copy
 import csv
@@ -31,7 +36,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -41,9 +45,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, which take seconds
 
 import matplotlib.pyplot as plt
 import nibabel as nib
@@ -86,8 +87,8 @@ class Settings:
         for name, value in list(vars(cls).items()):
             if name.isupper():
                 cls.__annotations__.setdefault(name, object)
-                # A dataclass refuses lists and arrays.
-                setattr(cls, name, tuple(value) if value.__hash__ is None else value)
+                refused = isinstance(value, list | np.ndarray)  # by dataclasses
+                setattr(cls, name, tuple(value) if refused else value)
         dataclass(frozen=True)(cls)
 
 
@@ -305,7 +306,8 @@ def convert_all(settings, problems):
     for name in filter(str.isupper, settings):  # the others are commands
         model = PUBLISHED.get(name, getattr(Config, name, None))
         models = model if isinstance(model, tuple) else (model,)
-        kind, values = type(models[0]), np.array(settings[name], object)
+        kind = type(models[0]) if models else str
+        values = np.array(settings[name], object)
         try:
             values = tuple(convert(value, kind) for value in np.broadcast_to(values, len(models)))
             converted[name] = values if models is model else values[0]
@@ -332,6 +334,7 @@ def check_config(cfg, problems, starts=True):
     rules = [
         *((name, getattr(cfg, name).strip(), "a value") for name in names(Data) | {"OUTPUT_DIR"}),
         ("OUTPUT_DIR", output != data, "another folder than DATA_DIR"),
+        ("CACHE_DIR", not os.path.isfile(cfg.CACHE_DIR), "a folder"),
         ("SPLIT", not (cfg.SPLIT and cfg.FOLDS), "none together with FOLDS"),
         ("SPLIT", split or not cfg.SPLIT, "a JSON file that exists"),
         ("INIT_FROM", start or not cfg.INIT_FROM, "a checkpoint that exists"),
@@ -383,6 +386,7 @@ def parse_command_line(argv):
     if not (options.resume or trained):  # else the checkpoint's settings are checked
         check_config(cfg, problems)
     raise_wrong_settings(problems.values())
+    cfg = replace(cfg, DATA_DIR=os.path.abspath(cfg.DATA_DIR))  # the same from any folder
     if cfg.FOLD and not trained:
         cfg = replace(cfg, OUTPUT_DIR=str(Path(cfg.OUTPUT_DIR, f"fold-{cfg.FOLD}")))
     return cfg, options
@@ -610,7 +614,8 @@ class Run:
         if not first_process():
             return
         told = f"{self.folder}: there are results in the output folder already.\nTake another with "
-        told += "--output-dir, replace them with --overwrite, or go on with --resume."
+        told += "--output-dir, or replace them with --overwrite"
+        told += "; a training goes on with --resume." if self.last.exists() else "."
         require(replaceable or not self.results(), told)
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
@@ -793,8 +798,9 @@ def find_scans(places, cfg):
 def explain(error):
     """Return why a file cannot be read, in a line."""
     told = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    way = " (a link to a missing one?); with DataLad: datalad get"
-    return " ".join(told.split())[:200] + (way if isinstance(error, FileNotFoundError) else "")
+    lost = isinstance(error, FileNotFoundError) and ".nii" in str(error)
+    way = " (a link to a missing one?); with DataLad: datalad get" if lost else ""
+    return " ".join(told.split())[:200] + way
 
 
 @np.errstate(all="ignore")  # of an affine with inf or NaN
@@ -2412,7 +2418,6 @@ def log_plan(run, cfg, model, scans):
     if cfg.AMP and device.type == "cpu" and has_level_of_side_2(cfg):
         arithmetic += ", since bfloat16 fails on CPUs with such small patches"
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    log.info("Data            %s", data_set_name(cfg))
     log.info("Device          %s, arithmetic in %s", device, arithmetic)
     log.info("Scans           %s", scans)
     log.info("Grid            %s", describe_grid(cfg))
@@ -2446,8 +2451,8 @@ def set_up_training(cfg, options):
     require(there, f"{cfg.DATA_DIR}: no such folder (DATA_DIR)\n{HOW_TO_GET_DATA}")
     again = options.demo and Path(cfg.DATA_DIR, "dataset_description.json").exists()
     replaceable = options.overwrite or options.check or options.resume or again
-    run.open("check" if options.check else "train", replaceable, options.overwrite)
-    log_settings(cfg, options, f"recipe {options.recipe}")
+    run.open("check" if options.check else "train", replaceable, options.overwrite and not last)
+    log_settings(cfg, options, "going on with last.pth" if last else f"recipe {options.recipe}")
     with first_process_first():  # it makes the demo's data, and downloads weights, for all
         if options.demo:
             make_demo_data(cfg.DATA_DIR, cfg.SEED)
@@ -2466,6 +2471,7 @@ def set_up_training(cfg, options):
         log.info("Resumed         after epoch %d", len(last["progress"]["history"]))
     elif cfg.INIT_FROM:
         load_initial_weights(model, split, cfg)
+    log.info("Data            %s", data_set_name(cfg))
     log_plan(run, cfg, model, ", ".join(f"{len(part)} {name}" for name, part in split.items()))
     for part in ("val", "test"):
         log.info("  %-14s%s", part, " ".join(case.name for case in split[part][:10]))
@@ -2636,7 +2642,7 @@ def set_up_trained(cfg, options):
         models.append(build_model(cfg, pretrained=False))
         load_weights(models[-1], content, path)
     models.to(choose_device(cfg))
-    run.open(command.split("-")[0], options.overwrite or own, options.overwrite)
+    run.open(command.split("-")[0], options.overwrite or own, options.overwrite and not own)
     wait_for_all()
     if not own:
         run.clear()  # --overwrite
@@ -2644,6 +2650,7 @@ def set_up_trained(cfg, options):
     for row in (content["history_row"] for _, content in contents):
         dice = row["val_dice"] and f"{row['val_dice']:.4f} on the working grid"
         log.info("Weights         epoch %d, validation Dice %s", row["epoch"], dice)
+    log.info("%s     %s", "Trained on" if options.predict else "Data      ", data_set_name(cfg))
     if options.predict:
         log_plan(run, cfg, models, f"{len(cases)} to segment")
         return functools.partial(predict_scans, run, models, cases, cfg)
@@ -2689,6 +2696,9 @@ def tell_failure(error, cfg, options, begun):
         raise error
     if alone or process_number("LOCAL_RANK") == 0:
         log.error("%s", told)
+    elif status == 2:  # torchrun ends all processes with the first one, which has to tell
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(30)
     return status
 
 
