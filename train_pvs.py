@@ -1551,8 +1551,10 @@ def read_checkpoint(path, keys=CHECKPOINT_KEYS):
         require(all(isinstance(content[key], dict) for key in keys), "other content")
         return content
     except READ_ERRORS as error:
-        told = f"{path}: expected a checkpoint of this script ({explain(error)}); a run writes one"
-        raise ValueError(told + " after its first epoch") from None
+        way = "train first, or name one with --checkpoint"
+        way = way if keys == CHECKPOINT_KEYS else "a run has one after its first epoch"
+        told = f"{path}: expected a checkpoint of this script ({explain(error)})"
+        raise ValueError(f"{told}; {way}") from None
 
 
 def load_weights(model, content, path):

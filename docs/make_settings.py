@@ -17,8 +17,8 @@ Written by `python docs/make_settings.py` from `Config`, at the top of `train_pv
 Edit a value there, or give it as a flag: `BATCH_SIZE` is `--batch-size`. A flag wins over a recipe,
 a recipe over an edit. A run prints what differs from the published values. It warns where a recipe
 overrides an edit. A number may stand for three equal ones, a list for a tuple, `None` for an empty
-text. A setting of your own is one more line in a group, in capitals: a number, a text, True or False,
-or a fixed count of one kind of these. It becomes a flag by itself.
+text. A setting of your own is one more line in a group, in capitals: a number, a text, True or
+False, or a fixed count of one kind of these. It becomes a flag by itself.
 """
 
 
