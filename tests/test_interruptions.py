@@ -247,17 +247,28 @@ def test_signals_end_the_other_commands_too_and_the_callers_handlers_are_his_aga
 # ------------------------------------------------------------------- Killed workers, killed runs
 
 
-def test_killed_worker_is_told_with_what_to_lower(begin, many, heads):
-    told = "Error: a worker process was killed, most likely since memory, or /dev/shm, ran out.\n"
-    for data, reached, way_on in (
-        (many, "cache/*.pt", ""),
-        (heads, "checkpoints/last.pth", "--resume"),
-    ):
-        run = begin(*FOR_EVER, data=data)
-        run.wait_for(reached)
-        os.kill(max(run.workers()), signal.SIGKILL)
-        run.end(1, told.strip(), way_on)
-        assert f"{told}First lower --num-workers. To need less: --sw-batch-size 1" in run.stderr
+def kill_worker(call):
+    """Let a worker be killed in its call-th reading of a prepared volume."""
+    calls, real = [], torch.load
+
+    def load(*args, **settings):
+        if torch.utils.data.get_worker_info():
+            calls.append(args)
+            if len(calls) == call:
+                time.sleep(1)  # until the run has received what is done
+                os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **settings)
+
+    torch.load = load
+
+
+def test_killed_worker_is_told_with_what_to_lower(begin, heads):
+    told = "Error: a worker process was killed, most likely since memory, or /dev/shm, ran out."
+    # Caching looks for each of four volumes and reads it: 8 calls; an epoch reads one.
+    for call_, way_on in ((3, ""), (9, "--resume")):
+        run = begin("--epochs", 99, "--num-workers", 1, data=heads, hook=(kill_worker, call_))
+        run.end(1, told, way_on, 60)
+        assert f"{told}\nFirst lower --num-workers. To need less: --sw-batch-size 1" in run.stderr
 
 
 def test_folder_of_a_running_training_is_refused_and_free_as_soon_as_it_is_killed(
