@@ -67,9 +67,6 @@ def test_checkpoints_tell_their_origin(trained):
         assert {part: [*cases] for part, cases in content["sha256"].items()} == parts
 
 
-# ---------------------------------------------------------------------------- What is no checkpoint
-
-
 class Malicious:
     """Makes a folder when it is unpickled."""
 
@@ -139,8 +136,6 @@ def test_useless_checkpoint_is_told_by_its_name_and_runs_no_code(
     assert (tmp_path / "code was run").exists()  # so that the line above can fail
 
 
-# ----------------------------------------------------------------------------- Whose settings count
-
 FIXED = """--test-fraction 0.3 --val-fraction 0.3 --seed 9 --pix-dim 1 1 0.9 --sw-overlap 0.7
 --intensity-percentiles 1 99 --img-patch-size 32 32 32 --architecture dynunet --encoder-depth 4
 --encoder-name efficientnet-b1 --decoder-width 3 --encoder-weights imagenet --crops-per-volume 3
@@ -193,9 +188,6 @@ def test_checkpoint_of_an_earlier_version_is_used_with_published_values(trained,
         for name in gone:
             assert re.search(rf"^Warning: .*\.pth: .*\b{name}\b", out, re.MULTILINE)
         shutil.rmtree(tmp_path / "out")
-
-
-# ---------------------------------------------------------------------------------------- INIT_FROM
 
 
 def test_training_starts_from_weights_that_fit_and_know_no_scan_of_validation_and_test(

@@ -1,13 +1,11 @@
 """Settings: what is published, which value wins, edits in the file, and how wrong ones are told."""
 
 import ast
-import errno
 import os
 import re
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,9 +24,6 @@ def flag_of(name):
 
 def words_of(value):
     return [*map(str, value)] if isinstance(value, tuple) else [str(value)]
-
-
-# -------------------------------------------------------------------------------------- The fields
 
 
 def test_defaults_are_the_published_values_and_recipes_set_only_fields_of_their_type():
@@ -108,8 +103,6 @@ def test_flag_wins_over_recipe_and_recipe_over_config():
     cfg, options = parse_command_line(["--demo", "--output-dir", "here"])
     assert (cfg.DATA_DIR, options.recipe) == (os.path.join("here", "data"), "demo")
 
-
-# ------------------------------------------------------------------------------- Edits in the file
 
 TAKEN = {  # what a user may write into Config: the value that is used
     "PIX_DIM": ("1.0", (1.0, 1.0, 1.0)),
@@ -195,8 +188,6 @@ def test_setting_added_to_a_group_becomes_a_flag(tmp_path, capsys):
     assert re.search(r"--dropout \w+\s+of features; default: 0\.1", capsys.readouterr().out)
 
 
-# ---------------------------------------------------------------------------------- Wrong settings
-
 WRONG = {  # values that are refused; each by the name of its field, and no other
     "IMG_PATCH_SIZE": ["16 20 16", "-16 16 16", "16 16 2000", "16 16"],  # 2**3 does not divide 20
     "PIX_DIM": ["1 0 1", "inf 1 1", "1 nan 1", "0.05 1 1", "1 1", "21"],
@@ -253,9 +244,6 @@ def test_settings_that_do_not_go_together_are_told(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------------------------- Arithmetic
-
-
 def test_arithmetic_is_of_16_bits_where_the_hardware_gains_from_it_and_is_right(monkeypatch):
     def dtype(device, **overrides):
         return train_pvs.autocast_dtype(torch.device(device), Config(**overrides))
@@ -277,24 +265,3 @@ def test_arithmetic_is_of_16_bits_where_the_hardware_gains_from_it_and_is_right(
     }
     noisy = {key for key, kind in found.items() if kind == torch.float32}
     assert noisy == {("unetplusplus", 8), ("dynunet", 8), ("dynunet", 16)}
-
-
-# ------------------------------------------------------------------------------------------- Files
-
-
-def test_failed_writing_leaves_the_former_file_alone(monkeypatch, tmp_path):
-    path = tmp_path / "new" / "file"
-    train_pvs.write_file(path, "former")
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "no space left")
-
-    for name in ("replace", "fsync"):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, name, fail)
-            with pytest.raises(OSError, match=re.escape(f"{path}: cannot be written (no space")):
-                train_pvs.write_file(path, "new")
-        assert [p.name for p in path.parent.iterdir()] == ["file"]
-        assert path.read_text() == "former"
-    train_pvs.write_file(path, np.arange(3, dtype=np.uint8).tobytes())
-    assert path.read_bytes() == b"\0\1\2"

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -159,8 +158,6 @@ def expect_refusals(check, table):
     assert not failures, "\n".join(failures)
 
 
-# -------------------------------------------------------------------------------- Data to refuse
-
 SCAN, MASK = "sub-002_T2w.nii.gz: ", "sub-002_desc-mask_PVS.nii.gz: "
 ONE_SCAN, ONE_MASK = f"{MASK}expected one scan for this mask", f"{SCAN}expected one mask for"
 TO_GET = "aws s3|openneuro-py|datalad|--demo"
@@ -274,9 +271,6 @@ def test_any_damaged_file_is_read_or_refused_by_name(check):
     for number in range(40):
         status, _, err = check(lambda folder, at=(scan, mask)[number % 2]: damage(at(folder)))
         assert (status, err) == (0, "") or (status == 2 and "sub-002" in err and "expected" in err)
-
-
-# ------------------------------------------------------------------------------------ Data to read
 
 
 def stored(image_type, label_type="u1", kind=nib.Nifti1Image, **fields):
@@ -411,9 +405,6 @@ def test_odd_but_usable_data_give_a_warning_on_screen_and_in_the_log(data, run, 
                 assert re.search(f"^Warning: {told}$", text, re.MULTILINE), (begun, told)
 
 
-# ----------------------------------------------------------------------------------------- Parts
-
-
 def test_masks_that_are_or_become_empty_leave_training_and_no_other_part(data, run, tmp_path):
     for number in (5, 6, 7):
         make_subject(data, f"sub-00{number}", seed=number)
@@ -482,9 +473,6 @@ def test_wrong_split_is_refused_in_a_few_words(check):
     assert (status, "1 train, 1 val, 1 test" in out) == (0, True)
 
 
-# -------------------------------------------------------------------------------------------- Cache
-
-
 def times_of(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
@@ -535,26 +523,3 @@ def test_edited_transforms_make_a_new_cache(data, tmp_path, tiny_config):
     for edit in (*edits, ('INTERPOLATION = ("bilinear",', 'INTERPOLATION = ("nearest",')):
         paths.add(edited_copy(tmp_path, edit).cache_path(case, cfg))
     assert len(paths) == 7
-
-
-def test_folder_that_cannot_be_written_to_is_named_with_the_way_out(
-    check, data, run, tmp_path, monkeypatch
-):
-    (tmp_path / "file").touch()
-    before = times_of(data)
-    places = [tmp_path / "file", tmp_path / "file" / "below"]
-    table = [
-        ("OUTPUT_DIR: expected a folder to write to", *(flags("--output-dir", p) for p in places)),
-        ("OUTPUT_DIR: expected another folder than DATA_DIR", flags("--output-dir", data)),
-    ]
-    expect_refusals(check, table)
-    assert times_of(data) == before
-    for place in places:
-        status, _, err = run("--check", "--cache-dir", place)
-        assert status == 1
-        assert re.search(f"Error: {place}.* cannot be written", err)
-        assert "choose another folder with --cache-dir" in err
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    status, _, err = run("--check")
-    assert status == 2
-    assert re.search(r"out/cache: the cache takes some .* are free; .*--cache-dir", err)

@@ -63,23 +63,6 @@ def test_folds_test_every_subject_once_with_all_its_scans(tiny_config):
         assert sorted(tested) == [case.name for case in cases]
 
 
-def test_impossible_folds_are_named(data, run):
-    wrong = []
-    for flags, told in {
-        "--folds 1 --fold 1": "  FOLDS: expected 2",
-        "--folds 5": "  FOLD: expected ",
-        "--folds 5 --fold 6": "  FOLD: expected ",
-        "--fold 1": "  FOLD: expected ",
-        "--folds five --fold 1": "  FOLDS: expected ",
-        f"--folds 5 --fold 1 --split {__file__}": "  SPLIT: expected none",
-        "--folds 5 --fold 1": "expected at least 3 subjects",
-    }.items():
-        status, _, err = run("--check", *flags.split())
-        if status != 2 or told not in err:
-            wrong.append((flags, status, err))
-    assert wrong == []
-
-
 def test_every_finished_fold_adds_its_subjects_to_one_table(folds):
     found = {path.name for path in folds.out.iterdir()}
     assert found == {
@@ -125,21 +108,6 @@ def test_folds_of_other_settings_or_data_are_named_and_not_in_the_table(folds, t
         assert bool(re.search(f"Warning: .*{path}", out)) == (finished == [1, 3]), name
 
 
-def test_fold_that_is_given_up_leaves_the_table(folds, tmp_path, monkeypatch):
-    shutil.copytree(folds.out, tmp_path / "out")
-    real = train_pvs.os.replace
-
-    def replace(source, target):
-        if str(target).endswith("best_model.pth"):
-            raise OSError(28, "No space left on device")
-        real(source, target)
-
-    monkeypatch.setattr(train_pvs.os, "replace", replace)
-    places = ("--data-dir", folds.data, "--output-dir", tmp_path / "out")
-    assert call(*places, *FLAGS, "--fold", 2, "--overwrite")[0] == 1
-    assert list((tmp_path / "out").glob("cross_validation.*")) == []
-
-
 def test_folds_share_a_working_grid_where_scans_differ(tmp_path, run):
     for number in range(1, 7):
         make_subject(tmp_path / "data", f"sub-{number:03d}", seed=number)
@@ -151,9 +119,6 @@ def test_folds_share_a_working_grid_where_scans_differ(tmp_path, run):
     grids = [line for out in printed for line in out.splitlines() if line.startswith("Grid ")]
     # The median of 1.1, 1.2, 1.3, 1.4, 1.5 and 1.6 mm.
     assert grids == 3 * ["Grid            working grid, RAS, 1.35 x 1.35 x 1.35 mm"]
-
-
-# --------------------------------------------------------------------------------------- ensembles
 
 
 def test_several_checkpoints_give_the_mean_of_their_probabilities(folds, tmp_path):

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +19,10 @@ from kill_and_resume import FLAGS, outcome
 from kill_and_resume import main as kill_and_resume
 
 import train_pvs
-from conftest import MACHINE, TINY, call, image_path, label_path, make_subject, save_nifti, snapshot
+from conftest import MACHINE, TINY, call, image_path, label_path, make_subject, snapshot
 
 GO_ON = {"--resume": "and --resume.", "--overwrite": "with --overwrite.", "": "command again."}
 FOR_EVER = ("--epochs", 999, "--num-workers", 2)
-
-# -------------------------------------------------------------- Runs in processes of their own
 
 
 def live(function, argv, folder, hook):
@@ -154,9 +151,6 @@ def again(run, heads, no_figures):
     return lambda *flags, **places: run(*FLAGS, *flags, **{"data": heads} | places)
 
 
-# ------------------------------------------------------------------------------------ Signals
-
-
 def test_signals_end_caching_and_training_with_all_workers_in_a_line(begin, many, heads):
     runs = []
     for data, reached, advised, way_on in (
@@ -212,39 +206,6 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback(tmp_path):
         printed = run.communicate(timeout=30)[0]
     assert printed == ""
     assert run.returncode in (-signal.SIGINT, 130)
-
-
-def test_signals_end_the_other_commands_too_and_the_callers_handlers_are_his_again(
-    finished, tmp_path
-):
-    mine = {number: lambda *_: None for number in (signal.SIGINT, signal.SIGTERM)}
-    former = {number: signal.signal(number, handler) for number, handler in mine.items()}
-    flags = ("--checkpoint", finished.best, *MACHINE)
-    scan = image_path(finished.data, "sub-001")
-    try:
-        for number, command in zip(mine, (["--predict", scan], ["--evaluate"]), strict=True):
-            out = tmp_path / number.name
-
-            def interrupt(path, number=number):
-                if path.name.endswith("mask.nii.gz"):
-                    os.kill(os.getpid(), number)
-
-            with pytest.MonkeyPatch.context() as patch:
-                at_write(patch, interrupt)
-                status, _, err = call(*command, *flags, "--output-dir", out)
-            assert status == 128 + number
-            told = f"Interrupted ({number.name}). Run the same command again; add --overwrite if"
-            assert err == f"{told} the folder holds results.\n"
-            assert list(out.rglob(".writing-*")) == []
-            assert {number: signal.getsignal(number) for number in mine} == mine
-        assert call("--epochs", 0)[0] == 2
-        assert {number: signal.getsignal(number) for number in mine} == mine
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
-# ------------------------------------------------------------------- Killed workers, killed runs
 
 
 def kill_worker(call):
@@ -307,9 +268,6 @@ def test_runs_killed_at_random_moments_become_the_same(begin):
     told = (run.folder / "stdout").read_text() + run.stderr
     assert run.process.exitcode == 0, told
     assert "6 kills survived" in told
-
-
-# ------------------------------------------------------------------------------------ Full disk
 
 
 def at_write(patch, action):
@@ -394,30 +352,6 @@ def limit_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def limit_memory(size):
-    """Let this process take `size` bytes more."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + size
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def test_memory_that_runs_out_is_told_with_what_to_lower(begin, finished, tmp_path):
-    make_subject(tmp_path, "sub-large", shape=(72, 72, 72))
-    scans = [image_path(tmp_path, "sub-large"), image_path(finished.data, "sub-001")]
-    flags = ("--checkpoint", finished.best, "--output-dir", tmp_path / "out", *MACHINE)
-    large = ("--sw-batch-size", 1000)
-    run = begin("--predict", *scans, *flags, *large, hook=(limit_memory, 200_000_000))
-    run.process.join(60)
-    assert run.process.exitcode == 1
-    told = f"Not segmented: {scans[0]}: memory ran out; To need less: --sw-batch-size 1;"
-    assert run.stderr.startswith(told)
-    assert len(run.stderr.splitlines()) == 1
-    assert "1 of 2 scans are segmented" in (run.folder / "stdout").read_text()
-
-
-# -------------------------------------------------------------------------------------- Numbers
-
-
 def spoil(path, factor):
     """Make the weights of the output layer of a checkpoint very large."""
     content = torch.load(path, weights_only=True)
@@ -454,9 +388,6 @@ def test_float16_passes_over_steps_that_overflow_but_not_for_ever(tiny_config):
         assert all(map(torch.equal, model.parameters(), weights))
         # 65536 halved 29 times is 1.2e-4, 30 times 6e-5: below 1e-4 it is told.
         assert np.isfinite(norm) == (step < 30)
-
-
-# --------------------------------------------------------------------------------------- Resume
 
 
 def test_more_epochs_on_resuming_give_the_run_that_had_them_from_the_start(heads, again, tmp_path):
@@ -556,30 +487,3 @@ def test_run_that_stopped_early_trains_no_further_and_needs_its_first_weights_no
     assert status == 0, err
     assert "Stopped early" in out
     assert outcome(tmp_path / "out") == before
-
-
-def test_file_that_changes_or_vanishes_before_it_is_tested_is_told_by_name(
-    finished, copied, no_figures, monkeypatch
-):
-    subject = copied.split["test"][0]
-    other = np.zeros((24, 28, 20), np.int16)
-    other[10:12, 10:12, 5:15] = 1
-    flags = ("--resume", "--output-dir", copied.out, "--data-dir", copied.data, "--epochs")
-    for epochs, (place, change) in enumerate(
-        (
-            (label_path, lambda path: save_nifti(path, other)),
-            (image_path, lambda path: save_nifti(path, other)),
-            (image_path, lambda path: path.unlink()),
-        ),
-        5,
-    ):
-        path = place(copied.data, subject)
-        content = path.read_bytes()
-        with monkeypatch.context() as patch:
-            at_write(patch, lambda file: file.name == "last.pth" and change(path))  # noqa: B023
-            status, _, err = call(*flags, epochs)
-        assert status == 1
-        assert err.startswith(f"Error: {path}: ")
-        assert err.strip().endswith(GO_ON["--resume"])
-        path.write_bytes(content)
-    shutil.rmtree(copied.out / "cache")

@@ -24,8 +24,6 @@ DOCUMENTS = [SCRIPT.with_name("README.md"), *sorted(SCRIPT.with_name("docs").glo
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
 LOGS = (".lock", "train.log", "check.log")
 
-# ---------------------------------------------------------------------------------- A run's files
-
 
 def test_run_writes_its_files_and_no_others(finished):
     mask = "predictions/{0}/anat/{0}_label-PVS_desc-unetpp_mask.nii.gz"
@@ -109,9 +107,6 @@ def test_log_holds_what_the_screen_showed_and_no_progress(finished):
     assert text.splitlines()[-1] == f"Scores and figures are in {finished.out}"
 
 
-# ------------------------------------------------------------------- No overwriting, --overwrite
-
-
 def test_results_are_refused_and_check_leaves_them_alone(copied, run):
     before = snapshot(copied.out, ["check.log"])
     status, _, err = run(data=copied.data, out=copied.out)
@@ -144,24 +139,6 @@ def test_overwrite_replaces_results_and_log_but_no_files_of_others(copied, no_fi
     assert "Simulated heads of a test" in log
 
 
-def test_no_result_outlives_the_weights_that_overwrite_gives_up(copied, monkeypatch):
-    real = train_pvs.os.replace
-
-    def replace(source, target):
-        if Path(target).name == "best_model.pth":
-            raise OSError(28, "No space left on device")
-        real(source, target)
-
-    monkeypatch.setattr(train_pvs.os, "replace", replace)
-    places = "--data-dir", copied.data, "--output-dir", copied.out
-    assert call(*places, *TINY, "--overwrite")[0] == 1
-    left = {name for name in snapshot(copied.out, LOGS) if not name.startswith("cache/")}
-    assert left <= {"logs/split.json", "predictions/dataset_description.json"}
-
-
-# ------------------------------------------------------------------------------------- --check
-
-
 def test_check_needs_no_weights_and_no_network_and_says_what_a_run_would_use(
     data, run, monkeypatch, tmp_path
 ):
@@ -189,9 +166,6 @@ def test_check_needs_no_weights_and_no_network_and_says_what_a_run_would_use(
     left = out[out.index("Nothing was trained") :]  # it says what it leaves
     assert str(tmp_path / "out" / "cache") in left
     assert "check.log" in left
-
-
-# ----------------------------------------------------------------------- Failures, exit statuses
 
 
 def test_mistakes_end_with_status_2_and_one_line_before_anything_is_written(
@@ -264,9 +238,6 @@ def test_main_works_in_a_thread(data, tmp_path, no_figures):
     assert scores(tmp_path / "out")["n"] == 1
 
 
-# ------------------------------------------------------------------------------ An edited script
-
-
 def test_edited_script_runs_as_users_start_it(data, tmp_path):
     values = {
         **{"DATA_DIR": f"Path({str(data)!r})", "OUTPUT_DIR": '"out"', "CACHE_DIR": "None"},
@@ -297,9 +268,6 @@ def test_edited_script_runs_as_users_start_it(data, tmp_path):
     }
     config = scores(tmp_path / "out")["config"]
     assert (config["PIX_DIM"], config["ENCODER_DEPTH"], config["CACHE_DIR"]) == ([1, 1, 1], 3, "")
-
-
-# ------------------------------------------------------------------------------------- The demo
 
 
 def test_demo_makes_its_data_and_says_that_they_are_simulated(no_figures, monkeypatch, tmp_path):
@@ -372,9 +340,6 @@ def test_native_recipe_runs_with_its_own_network_and_grid(data, run, no_figures,
     before = scores(tmp_path / "out")["subjects"]
     assert call("--evaluate", *MACHINE, "--output-dir", tmp_path / "out")[0] == 0
     assert scores(tmp_path / "out")["subjects"] == before
-
-
-# ---------------------------------------------------------------------------------- The documents
 
 
 def commands():

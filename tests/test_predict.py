@@ -83,9 +83,6 @@ def validate(folder):
     return errors
 
 
-# ----------------------------------------------------------------------------------------- predict
-
-
 def test_files_and_folders_become_a_valid_bids_derivative_and_a_table(predict, tmp_path):
     # The odd grid has voxels of 0.5 x 0.8 x 1.5 mm: 0.6 mm3 or 0.0006 ml.
     odd = np.array([[0, -0.8, 0, 9], [0.5, 0, 0, -3], [0, 0, 1.5, 1], [0, 0, 0, 1.0]])
@@ -217,23 +214,6 @@ def test_words_that_are_no_scans_or_would_share_a_name_are_told_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_results_are_refused_a_second_time_and_replaced_with_overwrite(predict, tmp_path):
-    first, second = (save_nifti(tmp_path / f"{name}.nii.gz", head()) for name in ("one", "two"))
-    assert predict(first)[0] == 0
-    before = snapshot(tmp_path / "out")
-    status, _, err = predict(second)
-    assert status == 2
-    assert str(tmp_path / "out") in err
-    assert "--overwrite" in err
-    assert snapshot(tmp_path / "out") == before
-    (tmp_path / "out" / "multi_plane" / "notes.txt").write_text("mine")
-    assert predict(second, "--overwrite")[0] == 0
-    assert [row["name"] for row in rows_of(tmp_path / "out")] == ["sub-two"]
-    assert [path.name for path in (tmp_path / "out" / "predictions").glob("sub-*")] == ["sub-two"]
-    pictures = [path.name for path in (tmp_path / "out" / "multi_plane").iterdir()]
-    assert sorted(pictures) == ["notes.txt", "sub-two.png"]
-
-
 def test_predicting_into_the_folder_of_the_scans_is_refused(finished, tmp_path):
     scan = save_nifti(tmp_path / "bids/sub-1/anat/sub-1_T2w.nii.gz", head())
     flags = ("--checkpoint", finished.best, "--output-dir", tmp_path / "bids", *MACHINE)
@@ -264,9 +244,6 @@ def test_weights_come_from_the_output_folder_else_the_default_folder(copied, tmp
     assert (status, err) == (0, "")
     assert f"checkpoint {train_pvs.Config.OUTPUT_DIR}/checkpoints/best_model.pth" in out
     assert masks_below(tmp_path / "new") == [f"sub-scan/anat/sub-scan{MASK}"]
-
-
-# ---------------------------------------------------------------------------------------- evaluate
 
 
 def comparable(content):

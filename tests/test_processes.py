@@ -6,12 +6,10 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 
 import pytest
-import torch
 from kill_and_resume import outcome
 
 import train_pvs
@@ -117,25 +115,6 @@ def test_two_processes_score_as_one_does(begin, heads, no_figures, tmp_path):
     assert train_pvs.validate(model, val, cfg, 1) == pytest.approx(expected, rel=1e-6)
 
 
-def test_each_case_is_trained_on_by_one_of_the_processes(
-    finished, tiny_config, monkeypatch, tmp_path
-):
-    cfg = tiny_config(DATA_DIR=str(finished.data), OUTPUT_DIR=str(tmp_path))
-    cases = train_pvs.prepare_cases(train_pvs.find_cases(cfg), cfg)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    for name, number in {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4, "LOCAL_RANK": 0}.items():
-        monkeypatch.setenv(name, str(number))
-    drawn = []
-    for rank in range(4):
-        monkeypatch.setenv("RANK", str(rank))
-        loader = train_pvs.build_train_loader(cases, cfg, torch.device("cpu"))
-        names = [name for batch in loader for name in set(batch["name"])]
-        assert len(names) == len(loader) == 2  # 6 cases in 4 shares: two come twice
-        drawn += names
-    assert set(drawn) == {case.name for case in cases}
-    assert sorted(map(drawn.count, set(drawn))) == [1, 1, 1, 1, 2, 2]
-
-
 def test_run_whose_processes_are_killed_or_stopped_goes_on_exactly_with_as_many(begin, tmp_path):
     out = tmp_path / "out"
     processes, screens = begin(*SETTINGS, "--epochs", 500)
@@ -189,15 +168,3 @@ def test_errors_of_settings_and_data_are_told_once_and_end_all_processes(begin, 
     assert wrong == []
     texts = begun["2 problems in the data"][1][0].read_text()
     assert len(re.findall("cannot be read to its last byte", texts)) == 2
-
-
-def test_torchrun_tells_its_processes_what_the_script_reads():
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run([*torchrun, "--no-python", "env"], capture_output=True, text=True)
-    told = result.stdout.splitlines()
-    for name, values in {"RANK": "01", "LOCAL_RANK": "01", "WORLD_SIZE": "22"}.items():
-        assert sorted(line for line in told if line.startswith(f"{name}=")) == [
-            f"{name}={value}" for value in values
-        ]
-    assert sum(line.startswith("TORCHELASTIC_RUN_ID=") for line in told) == 2
-    assert told.count("LOCAL_WORLD_SIZE=2") == 2
