@@ -382,11 +382,13 @@ def parse_command_line(argv):
             problems["demo"] = "DATA_DIR: --demo makes its data; for your own use --recipe demo"
         given.setdefault("OUTPUT_DIR", "outputs_3d_demo")
         given["DATA_DIR"] = str(Path(given["OUTPUT_DIR"], "data"))
+    for source in (in_file, edited, given):
+        if source.get("DATA_DIR", "").strip():  # the same from any folder
+            source["DATA_DIR"] = os.path.abspath(source["DATA_DIR"])
     cfg = replace(Config(**PUBLISHED), **in_file | of_recipe | given)
     if not (options.resume or trained):  # else the checkpoint's settings are checked
         check_config(cfg, problems)
     raise_wrong_settings(problems.values())
-    cfg = replace(cfg, DATA_DIR=os.path.abspath(cfg.DATA_DIR))  # the same from any folder
     if cfg.FOLD and not trained:
         cfg = replace(cfg, OUTPUT_DIR=str(Path(cfg.OUTPUT_DIR, f"fold-{cfg.FOLD}")))
     return cfg, options
@@ -2700,7 +2702,7 @@ def tell_failure(error, cfg, options, begun):
         log.error("%s", told)
     elif status == 2:  # torchrun ends all processes with the first one, which has to tell
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(30)
+        time.sleep(10)
     return status
 
 

@@ -101,14 +101,14 @@ def test_flag_wins_over_recipe_and_recipe_over_config():
     assert (cfg.LR, cfg.ENCODER_DEPTH) == (5e-3, 3)  # the recipe's
     assert cfg.WEIGHT_DECAY == 1e-5  # Config's
     cfg, options = parse_command_line(["--demo", "--output-dir", "here"])
-    assert (cfg.DATA_DIR, options.recipe) == (os.path.join("here", "data"), "demo")
+    assert (cfg.DATA_DIR, options.recipe) == (os.path.abspath("here/data"), "demo")
 
 
 TAKEN = {  # what a user may write into Config: the value that is used
     "PIX_DIM": ("1.0", (1.0, 1.0, 1.0)),
     "IMG_PATCH_SIZE": ("96", (96, 96, 96)),
     "INTENSITY_PERCENTILES": ("[1, 99]", (1.0, 99.0)),
-    "DATA_DIR": ('Path("scans") / "mine"', "scans/mine"),
+    "DATA_DIR": ('Path("scans") / "mine"', os.path.abspath("scans/mine")),
     "OUTPUT_DIR": ('"~/x"', os.path.expanduser("~/x")),
     "CACHE_DIR": ("None", ""),
     "EPOCHS": ("2.0", 2),

@@ -83,7 +83,9 @@ def test_log_lines_are_whole_and_begin_at_the_left_of_a_terminal_with_progress_b
     written, status, rows = show(*argv, "--output-dir", tmp_path / "broken", stop=stop)
     assert status == 130, written
     rows = [row for row in rows if not re.match(r"epoch \d+, \w+: .*%\|", row)]
-    assert rows == rows_of(tmp_path / "broken" / "logs" / "train.log")
+    logged = rows_of(tmp_path / "broken" / "logs" / "train.log")
+    assert [row for row in rows if row in logged] == logged
+    assert len(rows) <= len(logged) + 1  # the signal may come between screen and file
     assert rows[-1].startswith("Interrupted (SIGINT). Go on with the same command")
 
 
