@@ -520,6 +520,7 @@ def leave_signals_to_the_run(_):
     """Let a worker pass over signals, which all processes get; it ends with the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None  # of the thread whose batch a run that ends leaves there
 
 
 OUT_OF_MEMORY = "To need less: --sw-batch-size 1; in training also --batch-size 1 "
@@ -629,8 +630,9 @@ class Run:
             raise ValueError(f"{self.folder}: another run is using this folder; wait") from None
         except OSError as error:
             raise ValueError(f"OUTPUT_DIR: expected a folder to write to ({error})") from None
-        for left in {*self.folder.rglob(".writing-*")} - {*self.folder.rglob("cache/.writing-*")}:
-            left.unlink(missing_ok=True)  # by killed runs; into the cache others may be writing
+        for left in self.folder.rglob(".writing-*"):  # by killed runs; others may fill the cache
+            if left.parent.name != "cache" or left.stat().st_mtime < time.time() - 3600:
+                left.unlink(missing_ok=True)
 
     def clear(self):
         """Remove the results, the last weights first, and the folders that this empties."""
@@ -2457,15 +2459,16 @@ def set_up_training(cfg, options):
     replaceable = options.overwrite or options.check or options.resume or again
     run.open("check" if options.check else "train", replaceable, options.overwrite and not last)
     log_settings(cfg, options, "going on with last.pth" if last else f"recipe {options.recipe}")
-    with first_process_first():  # it makes the demo's data, and downloads weights, for all
+    with first_process_first():
         if options.demo:
             make_demo_data(cfg.DATA_DIR, cfg.SEED)
+    cases = find_cases(cfg)
+    split = split_as_before(cases, last) if last else split_cases(cases, cfg)
+    with first_process_first():  # it downloads weights for all
         model = build_model(cfg, pretrained=not (last or cfg.INIT_FROM or options.check))
     if last:
         warn_of_other_versions(last, cfg)
         load_weights(model, last, run.last)
-    cases = find_cases(cfg)
-    split = split_as_before(cases, last) if last else split_cases(cases, cfg)
     cases = [*itertools.chain(*split.values())]
     if not any(cfg.PIX_DIM):  # folds share a grid
         cfg = replace(cfg, PIX_DIM=own_spacing(cases if cfg.FOLDS else split["train"]))
