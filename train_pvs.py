@@ -2483,8 +2483,7 @@ def set_up_training(cfg, options):
     for part in ("val", "test"):
         log.info("  %-14s%s", part, " ".join(case.name for case in split[part][:10]))
     if options.check:
-        told = "Nothing was trained (--check). It leaves %s/check.log, and for runs to read %s"
-        log.info(told, run.logs, cache_folder(cfg))
+        log.info("Nothing was trained (--check). It leaves %s, %s", run.logs, cache_folder(cfg))
         return lambda: 0
     return functools.partial(train, run, model, split, cfg, last)
 
