@@ -2483,9 +2483,7 @@ def set_up_training(cfg, options):
     for part in ("val", "test"):
         log.info("  %-14s%s", part, " ".join(case.name for case in split[part][:10]))
     if options.check:
-        log.info(
-            "Nothing was trained (--check). Left: %s/check.log, %s", run.logs, cache_folder(cfg)
-        )
+        log.info(f"Nothing was trained (--check). Left: {run.logs}/check.log, {cache_folder(cfg)}")
         return lambda: 0
     return functools.partial(train, run, model, split, cfg, last)
 
