@@ -506,10 +506,12 @@ def stopping_on_signals():
         if stop_signals or os.getpid() != run:  # or a worker that has just begun
             os._exit(128 + number)
         stop_signals.append(number)
+        sys.unraisablehook = lambda _: None  # of destructors that meet half of what they expect
         raise KeyboardInterrupt
 
     stop_signals.clear()
     with ExitStack() as former:
+        former.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
         with suppress(ValueError):  # in a thread, where signals are the caller's
             for number in (signal.SIGINT, signal.SIGTERM):
                 former.callback(signal.signal, number, signal.signal(number, stop))
