@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -345,11 +344,6 @@ def test_full_disk_is_told_for_each_file_and_the_run_goes_on_to_the_same_end(
         assert call(*flags, tmp_path / "calm")[0] == 0
     logs = ("predict.log",)
     assert snapshot(tmp_path / "predicted", logs) == snapshot(tmp_path / "calm", logs)
-
-
-def limit_files(size):
-    """Let no file become larger than `size` bytes, as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def spoil(path, factor):
