@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import argparse
 import copy
 import csv
+import difflib
 import fcntl
 import functools
 import gzip
@@ -51,7 +52,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai import transforms as mt
-from monai.data import MetaTensor, list_data_collate
+from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
@@ -60,7 +61,7 @@ from scipy import ndimage, stats
 from sklearn.model_selection import KFold, train_test_split
 from torch import distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 from tqdm import tqdm
 
 with warnings.catch_warnings():  # its timm 0.9.7 imports what is deprecated
@@ -248,6 +249,11 @@ def words(value):
     return " ".join(map(str, value if isinstance(value, tuple | list) else [value])) or "nothing"
 
 
+def nearest(word, known):
+    """Return the known word that is most like the given one."""
+    return next(iter(difflib.get_close_matches(word, known, 1, 0)), "")
+
+
 def require(good, message, kind=ValueError):
     """Raise an error with the message unless all is good."""
     if not good:
@@ -262,7 +268,13 @@ def raise_wrong_settings(problems):
 def build_parser():
     """Return the command line: a flag for each command, and one for each field of `Config`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = lambda message: require(False, f"{message}; see --help")
+
+    def fail(message):
+        wrong = re.search(r"arguments: (--[\w-]+)", message)
+        like = wrong and f", did you mean {nearest(wrong[1], parser._option_string_actions)}?"
+        require(False, f"{message}{like or ''}; see --help")
+
+    parser.error = fail
     command, recipe = (parser.add_mutually_exclusive_group() for _ in range(2))
     switch, files = {"action": "store_true"}, {"nargs": "+", "metavar": "FILE"}
     for group, flag, kind, text in (
@@ -330,6 +342,8 @@ def check_config(cfg, problems, starts=True):
     sides = tuple(np.clip(cfg.PIX_DIM, SMALLEST_SIDE, LARGEST_SIDE))
     output, data = map(os.path.realpath, (cfg.OUTPUT_DIR, cfg.DATA_DIR))
     files = (cfg.SPLIT, cfg.INIT_FROM, cfg.ENCODER_WEIGHTS)
+    fold = f"a fold to test: give --fold 1 to {cfg.FOLDS} as well, or --fold all"
+    fold = fold if cfg.FOLDS else "--folds as well, or 0"
     split, start, weights = (not starts or os.path.isfile(file) for file in files)
     rules = [
         *((name, getattr(cfg, name).strip(), "a value") for name in names(Data) | {"OUTPUT_DIR"}),
@@ -343,7 +357,7 @@ def check_config(cfg, problems, starts=True):
         ("ARCHITECTURE", cfg.ARCHITECTURE in NETWORKS, " or ".join(NETWORKS)),
         ("DEVICE", cfg.DEVICE in devices, " or ".join(devices)),
         ("FOLDS", cfg.FOLDS == 0 or 2 <= cfg.FOLDS <= 1000, "2 to 1000, or 0"),
-        ("FOLD", min(cfg.FOLDS, 1) <= cfg.FOLD <= cfg.FOLDS, "a number from 1 to FOLDS"),
+        ("FOLD", min(cfg.FOLDS, 1) <= cfg.FOLD <= cfg.FOLDS, fold),
         ("PIX_DIM", not any(cfg.PIX_DIM) or sides == cfg.PIX_DIM, "0.1 to 20, or 0 0 0"),
         ("INTENSITY_PERCENTILES", 0 <= low < high <= 100, "two rising numbers to 100"),
         ("IMG_PATCH_SIZE", not any(np.mod(cfg.IMG_PATCH_SIZE, divisor)), f"multiples of {divisor}"),
@@ -370,6 +384,9 @@ def parse_command_line(argv):
     parser, problems = build_parser(), {}
     options = parser.parse_args(argv)
     options.recipe = "demo" if options.demo else options.recipe or "published"
+    options.every_fold = vars(options).get("FOLD") == "all"
+    if options.every_fold:
+        options.FOLD = "1"
     sources = (Config(), parser.parse_args(RECIPES[options.recipe].split()), options)
     in_file, of_recipe, given = (convert_all(vars(source), problems) for source in sources)
     edited = {name: value for name, value in in_file.items() if value != PUBLISHED.get(name, value)}
@@ -518,6 +535,18 @@ def stopping_on_signals():
         yield
 
 
+@contextmanager
+def naming(path):
+    """Let an unexpected error in a worker process become one line that names the file."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError | OSError) or not get_worker_info():
+            raise
+        told = f"{path}: {type(error).__name__}: {explain(error)}"
+        raise OSError(f"{told} (--num-workers 0 tells where)") from None
+
+
 def leave_signals_to_the_run(_):
     """Let a worker pass over signals, which all processes get; it ends with the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -525,6 +554,8 @@ def leave_signals_to_the_run(_):
     sys.excepthook = lambda *_: None  # of the thread whose batch a run that ends leaves there
 
 
+SHARED_MEMORY = "shared memory ran out: give /dev/shm more (docker run --shm-size 8g, or "
+SHARED_MEMORY += "--ipc=host), or use --num-workers 0"
 OUT_OF_MEMORY = "To need less: --sw-batch-size 1; in training also --batch-size 1 "
 OUT_OF_MEMORY += "--accumulate-steps 2, or smaller --crops-per-volume or --img-patch-size."
 
@@ -571,13 +602,14 @@ def write_json(path, content):
 
 def read_json(path):
     """Return the content of a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return json.loads(Path(path).read_text(encoding="utf-8-sig"))
 
 
 def write_csv(path, rows):
-    """Write dicts of the same keys as a table; None becomes an empty cell."""
+    """Write dicts of the same keys as a table; numbers of 6 digits, an empty cell for None."""
     buffer = io.StringIO(newline="")
-    csv.writer(buffer).writerows([rows[0], *(row.values() for row in rows)])
+    table = ([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
+    csv.writer(buffer).writerows([rows[0], *table])
     write_file(path, buffer.getvalue())
 
 
@@ -603,6 +635,7 @@ class Run:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.logs, self.predictions = self.folder / "logs", self.folder / "predictions"
+        self.description = self.predictions / "dataset_description.json"
         for name, path in FILES.items():
             setattr(self, name, self.folder / path)
 
@@ -720,6 +753,7 @@ class Case:
     native_voxels: int = 0  # labelled, on the native grid
     working_voxels: int = 0  # labelled, on the working grid
     native_spacing: tuple = ()  # mm, of the axes next to right, front and top
+    stripped: bool = False  # of the skull
     roundtrip_dice: float | None = None  # native, of the mask taken to the working grid and back
     warnings: tuple = ()
 
@@ -731,9 +765,13 @@ def raise_problems(problems, remedy):
 
 
 def find_files(folder, pattern):
-    """Return the paths of the NIfTI files below `folder` that fit the glob, sorted."""
+    """Return the paths of the NIfTI files below `folder` that fit the glob, sorted.
+
+    Names that begin with a dot are left out: macOS keeps its own notes in files like ._sub-001.
+    """
     try:
-        return [str(p) for p in sorted(Path(folder).glob(pattern)) if p.name.endswith(NIFTI)]
+        found = [p for p in sorted(Path(folder).glob(pattern)) if p.name.endswith(NIFTI)]
+        return [str(p) for p in found if "/." not in f"/{p.relative_to(folder)}"]
     except (ValueError, IndexError, NotImplementedError) as error:
         raise ValueError(f"{pattern}: expected a pattern for files ({error})") from None
 
@@ -749,7 +787,8 @@ def make_cases(pairs, problems, remedy):
     cases = {}
     for image, label in pairs:
         found = {"sub": "", "ses": ""} | bids_entities(image)  # these first
-        found = found if found["sub"] else {"sub": Path(image).name.split(".nii")[0]}
+        stem = re.sub("(?i)[_-](T[12][^_]*|PD|FLAIR)$", "", Path(image).name.split(".nii")[0])
+        found = found if found["sub"] else {"sub": stem}
         texts = {key: re.sub("[^0-9A-Za-z]", "", text) for key, text in found.items()}
         name = "_".join(f"{key}-{text}" for key, text in texts.items() if text)
         case = Case(f"sub-{texts['sub']}", name, image, label)
@@ -776,13 +815,18 @@ def find_cases(cfg):
     pairs = [(s, m) for s in scans for m in masks if not bare and entities[m] <= entities[s]]
     groups = [("scan for this mask", m, [s for s, mask in pairs if mask == m]) for m in masks]
     groups += [("mask for this scan", s, [m for scan, m in pairs if scan == s]) for s in scans]
+    by_name = {Path(scan).name: scan for scan in scans}
     for wanted, path, found in [] if bare else groups:
         if len(found) > 1 or (not found and path in masks):
-            told = " and ".join(found) or "none"
+            near = by_name[nearest(Path(path).name, by_name)]
+            own = "_".join(map("-".join, entities[path] - entities[near]))
+            own = f", which has no {own}" if own else ""
+            told = " and ".join(found) or f"none; the nearest is {near}{own}"
             problems.append(f"{path}: expected one {wanted}, found {told}")
         elif not found and not problems:
             log.warning("Warning: left out, no mask: %s", path)
-    remedy = "Remove or rename files, or narrow IMAGE_GLOB and LABEL_GLOB."
+    remedy = "Remove or rename files, or narrow IMAGE_GLOB and LABEL_GLOB. Between - and _ a name "
+    remedy += "has letters and digits only."
     return make_cases([] if problems else pairs, problems, remedy)
 
 
@@ -792,7 +836,9 @@ def find_scans(places, cfg):
     for place in places:
         is_scan = place.endswith(NIFTI) and os.path.isfile(place)
         found = [place] if is_scan else find_files(place, cfg.IMAGE_GLOB)
-        told = f"a .nii or .nii.gz file, or a folder with scans {cfg.IMAGE_GLOB} (--image-glob)"
+        found = found or find_files(place, "*")  # of a plain folder
+        told = f"a .nii or .nii.gz file, or a folder of them, or with scans {cfg.IMAGE_GLOB} "
+        told += "(--image-glob)" if os.path.exists(place) else "; there is no such file or folder"
         if os.path.realpath(place) == os.path.realpath(cfg.OUTPUT_DIR):
             found, told = [], "another folder than OUTPUT_DIR"
         problems += [] if found else [f"{place}: expected {told}"]
@@ -809,11 +855,22 @@ def explain(error):
     return " ".join(told.split())[:200] + way
 
 
+def look_inside(path):
+    """Return what a file that is no NIfTI file holds instead, where its first bytes tell."""
+    with suppress(OSError), open(path, "rb") as file:
+        start, zipped = file.read(16), str(path).endswith(".gz")
+        if start.startswith(b"/annex/objects"):
+            return "git-annex has not fetched it: datalad get"
+        if start and zipped != start.startswith(b"\x1f\x8b"):
+            return "it is not gzipped: name it .nii" if zipped else "it is gzipped: name it .nii.gz"
+    return ""
+
+
 @np.errstate(all="ignore")  # of an affine with inf or NaN
 def read_header(path):
     """Return a NIfTI file as a nibabel image, voxels not read yet, and its 3D shape (X, Y, Z).
 
-    A ValueError names the file and what no scan has; trailing axes of length 1 are accepted.
+    A ValueError names the file and what no scan has; trailing axes of length 0 or 1 are accepted.
     """
     try:
         volume = nib.load(path)
@@ -822,8 +879,8 @@ def read_header(path):
         upright = abs(np.linalg.det(affine[:3, :3] / np.maximum(sides, 1e-9)))  # 1: right angles
     except READ_ERRORS as error:
         told = f"{path}: expected a NIfTI file, cannot be read"
-        raise ValueError(f"{told} ({explain(error)})") from None
-    shape = volume.shape[:3] + tuple(n for n in volume.shape[3:] if n != 1)
+        raise ValueError(f"{told} ({look_inside(path) or explain(error)})") from None
+    shape = volume.shape[:3] + tuple(n for n in volume.shape[3:] if n > 1)
     near = min(sides) >= 0.05 and max(sides) <= 20 and abs(affine[:3, 3]).max() <= 10_000
     limits = "voxel sides of 0.05 to 20 mm, within 10 m of the origin (another unit?)"
     for good, expected, got in (
@@ -843,11 +900,14 @@ def read_volume(path):
     A ValueError names a file that is cut off, damaged (the gzip checksum is compared), not finite.
     """
     header, shape = read_header(path)
+    stored = header.dataobj
+    spec = (stored.dtype, stored.offset, stored.slope, stored.inter)
     try:  # nibabel alone stops before the checksum
         content = Path(path).read_bytes()
         content = gzip.decompress(content) if str(path).endswith(".gz") else content
         with np.errstate(all="ignore"):  # what becomes infinite is told below
-            data = np.asarray(type(header).from_bytes(content).dataobj, dtype=np.float32)
+            whole = nib.arrayproxy.ArrayProxy(io.BytesIO(content), (shape, *spec))
+            data = np.asarray(whole, dtype=np.float32)
     except READ_ERRORS as error:
         told = f"cannot be read to its last byte ({explain(error)})"
         raise ValueError(f"{path}: {told}; expected a whole file, copy it again") from None
@@ -856,45 +916,97 @@ def read_volume(path):
     return MetaTensor(torch.from_numpy(data.reshape(1, *shape)), torch.from_numpy(header.affine))
 
 
+def readings(header):
+    """Return {name: affine} of the places that programs give the voxels of a NIfTI file.
+
+    The first is nibabel's and MONAI's, and the one used here. ITK's programs (ITK-SNAP, ANTs, 3D
+    Slicer, nnU-Net) prefer the qform to an sform of another code than 1, have the identity where
+    there is no code, and take the voxel's sides from pixdim (seen with SimpleITK 2.5).
+    """
+    found = {"sform": header.get_sform(coded=True)[0], "qform": header.get_qform(coded=True)[0]}
+    itk = found["sform" if header["sform_code"] == 1 or found["qform"] is None else "qform"]
+    itk = np.diag([-1.0, -1, 1, 1]) if itk is None else itk.copy()  # its axes: left, back, up
+    itk[:3, :3] *= np.divide(header.get_zooms()[:3], nib.affines.voxel_sizes(itk))
+    found = {name: affine for name, affine in found.items() if affine is not None}
+    return (found or {"centred grid": header.get_base_affine()}) | {"ITK's reading": itk}
+
+
 def read_scan(path):
-    """Return the volume of `read_volume`, if it shows a head: neighbours in noise differ."""
-    image = read_volume(path)
+    """Return the volume of `read_volume`, and what to warn of; a ValueError where it shows no head.
+
+    Neighbours in noise differ; it is their ranks that are compared, since a few voxels may be hot.
+    """
+    image, header = read_volume(path), read_header(path)[0].header
     volume = np.asarray(image)[0]
     constant = volume.min() == volume.max()
     require(not constant, f"{path}: expected a scan, all voxels are {volume.min():g}")
     pair = [volume[start : len(volume) // 2 * 2 : 2, ::2, ::2].ravel() for start in (0, 1)]
-    with np.errstate(invalid="ignore"):  # of half a volume that is constant
-        alike = np.corrcoef(np.array(pair, dtype=float))[0, 1] >= 0.2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of half a volume that is constant
+        alike = stats.spearmanr(*pair).statistic >= 0.2
     require(alike, f"{path}: expected a head, got nothing but noise")
-    return image
+    sides, pixdim = nib.affines.voxel_sizes(image.affine.numpy()), header.get_zooms()[:3]
+    told = f"its pixdim says {spacing_words(pixdim)} a voxel, its affine {spacing_words(sides)}"
+    cautions = [] if np.allclose(sides, pixdim, rtol=0.01) else [f"{told}, which is used"]
+    if "centred grid" in readings(header):
+        cautions.append("its qform and sform code are 0: left and right are unknown")
+    return image, [f"{path}: {caution}" for caution in cautions]
+
+
+def read_label(path):
+    """Return the volume of `read_volume` as whole numbers; a ValueError where they are no labels.
+
+    Labels that were stored as fractions of a header's slope come back only nearly whole.
+    """
+    label, stored = read_volume(path), read_header(path)[0].dataobj
+    scaled = stored.dtype.kind in "iu"
+    whole = label.round()
+    odd = (label - whole).abs() > (abs(stored.slope) / 2 if scaled else 0)
+    require(not odd.any(), f"{path}: expected whole numbers in a mask, got fractions")
+    values, counts = np.unique(np.asarray(whole[whole < 0]), return_counts=True)
+    told = ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(values[:5], counts, strict=False))
+    require(not len(values), f"{path}: expected labels of 0 and more in a mask, got {told}")
+    return whole
 
 
 def read_pair(case):
     """Return {"image", "label"} of a case, each (1, X, Y, Z), and sentences to warn with.
 
-    The label gets the affine of its scan, which may differ by half a voxel at the corners.
+    The label gets the affine of its scan, which may differ by half a voxel at the corners, or
+    agree with another program's reading of the scan.
     """
-    volumes, problems = {}, []
-    for key, read in (("image", read_scan), ("label", read_volume)):
-        try:
-            volumes[key] = read(getattr(case, key))
-        except ValueError as error:
-            problems.append(str(error))
-    if "label" in volumes and not torch.equal(volumes["label"], volumes["label"].round()):
-        problems.append(f"{case.label}: expected whole numbers in a mask, got fractions")
+    volumes, problems, cautions = {}, [], []
+    try:
+        volumes["image"], cautions = read_scan(case.image)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        volumes["label"] = read_label(case.label)
+    except ValueError as error:
+        problems.append(str(error))
     if problems:
         raise ValueError(*problems)
     shape, got = (tuple(volume.shape[1:]) for volume in volumes.values())
     require(shape == got, f"{case.label}: expected the scan's shape {shape}, got {got}")
-    affine, other = (volume.affine.numpy() for volume in volumes.values())
+    scan, mask = (readings(read_header(path)[0].header) for path in (case.image, case.label))
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
-    moved = np.linalg.solve(affine, other @ corners) - corners
-    shift = np.linalg.norm(moved[:3], axis=0).max()
+    shifts = {}  # in voxels
+    for (own, affine), (its, other) in itertools.product(scan.items(), mask.items()):
+        moved = np.linalg.solve(affine, other @ corners) - corners
+        shifts[own, its] = np.linalg.norm(moved[:3], axis=0).max()
+    used, nearest = next(iter(shifts)), min(shifts, key=shifts.get)
+    shift, least = shifts[used], shifts[nearest]
     told = f"{case.label}: its affine puts corners {shift:.2f} voxels from the scan's"
-    axes, own = ("".join(nib.aff2axcodes(a)) for a in (other, affine))
-    require(shift <= 0.5, f"{told}, expected at most 0.5 (axes {axes}, the scan's are {own})")
+    if shift <= 0.5:
+        cautions += [f"{told}; the scan's is used for both"] if shift > 0.1 else []
+    else:
+        axes, own = ("".join(nib.aff2axcodes(next(iter(a.values())))) for a in (mask, scan))
+        tried = f"axes {axes}, the scan's are {own}; tried: {', '.join(scan)}"
+        require(least <= 0.5, f"{told}, expected at most 0.5 ({tried})")
+        told += f" by its {used[0]}, but fits its {nearest[0]}, as it was drawn in ITK's programs?"
+        cautions.append(f"{told}; paired voxel by voxel, placed by the scan's {used[0]}")
     volumes["label"].affine = volumes["image"].affine
-    return volumes, [f"{told}; the scan's is used for both"] if shift > 0.1 else []
+    return volumes, cautions
 
 
 def check_mask(case, label, entry):
@@ -982,6 +1094,7 @@ def read_split(path, subjects):
 # -------------------------------------------------------------------------------------- Transforms
 
 INTERPOLATION = ("bilinear", "nearest")  # of image, label
+LARGEST_BRAIN = 2500  # ml; a head is larger
 
 
 def head_mask(image):
@@ -996,6 +1109,33 @@ def head_mask(image):
     if count == 0:
         return np.ones_like(volume, dtype=bool)[None]
     return (components == 1 + np.argmax(np.bincount(components.ravel())[1:]))[None]
+
+
+def darken_background(image):
+    """Return (a scan (1, X, Y, Z), whether the skull is stripped from it).
+
+    Where most of the volume's faces have one value, of any rank, that is its background. In a
+    stripped scan, or if it is as bright as tissue, it becomes darker than all the rest, like air.
+    """
+
+    def on_faces(array):
+        faces = [np.take(array, [0, -1], axis).ravel() for axis in range(3)]
+        return np.unique(np.concatenate(faces), return_counts=True)
+
+    volume = np.asarray(image)[0]
+    values, counts = on_faces(volume)
+    value = values[counts.argmax()]
+    if 2 * counts.max() < counts.sum():
+        return image, False
+    same = np.abs(volume - value) <= 1e-6 * np.ptp(volume)
+    parts, _ = ndimage.label(same)
+    outside = same & np.isin(parts, on_faces(parts)[0])
+    low, high = np.percentile(volume[~outside], (0.5, 99.5))
+    stripped = volume_ml(~outside, image.affine.numpy()) < LARGEST_BRAIN
+    if stripped or value > low + 0.15 * (high - low):
+        image = image.clone()
+        image[:, outside] = low - 0.2 * (high - low)
+    return image, stripped
 
 
 def scale_intensity(image, percentiles):
@@ -1028,11 +1168,12 @@ def to_working_grid(volumes, cfg):
     """Transform the MetaTensors (1, X, Y, Z) of an image and, where there is one, its label.
 
     Returns image (1, H, W, D) float16 in [0, 1], label (1, H, W, D) uint8, and affine,
-    native_affine (4, 4) and native_shape, with which `to_native_grid` goes back.
+    native_affine (4, 4) and native_shape, with which `to_native_grid` goes back. A constant
+    background becomes as dark as air; "stripped": there is a brain, no head.
     """
-    image = volumes["image"]
+    image, stripped = darken_background(volumes["image"])
     entry = {"native_affine": image.affine.clone(), "native_shape": tuple(image.shape[1:])}
-    volumes = build_transforms(cfg)(volumes)
+    volumes, entry["stripped"] = build_transforms(cfg)(volumes | {"image": image}), stripped
     entry |= {"affine": volumes["image"].affine, "image": volumes["image"].as_tensor().half()}
     if "label" in volumes:
         entry["label"] = volumes["label"].as_tensor().to(torch.uint8)
@@ -1095,6 +1236,11 @@ def load_cached(case):
         raise OSError(f"{told}; the next run rebuilds it") from None
 
 
+def hash_file(path):
+    """Return the hash of a file, by which it is known again."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def hash_voxels(volume):
     """Return the hash of a native volume (1, X, Y, Z) by which it is known again."""
     return hashlib.sha256(np.ascontiguousarray(volume)).hexdigest()
@@ -1122,13 +1268,15 @@ def fill_cache(case, cfg):
     facts |= {"native_voxels": int(true.sum()), "working_voxels": len(foreground)}
     facts["native_spacing"] = tuple(ras_spacing(image.affine.numpy()))
     facts["roundtrip_dice"] = float(dice) if true.any() else None
+    facts["stripped"] = entry["stripped"]
     facts["warnings"] = tuple(cautions)
     write_torch(case.cache, entry | {"facts": facts})
     return facts
 
 
-MAKERS = (read_pair, read_header, read_volume, check_mask, ras_spacing, head_mask, scale_intensity)
-MAKERS += (build_transforms, to_working_grid, to_native_grid, fill_cache)
+MAKERS = (read_pair, read_header, read_volume, read_label, readings, check_mask, ras_spacing)
+MAKERS += (read_scan, head_mask, darken_background, scale_intensity, build_transforms)
+MAKERS += (to_working_grid, to_native_grid, fill_cache)
 LIBRARIES = [importlib.metadata.version(name) for name in ("monai", "torch", "scipy", "numpy")]
 CACHED_CODE = [inspect.getsource(maker) for maker in MAKERS]
 CACHED_SETTINGS = sorted(set(re.findall(r"cfg\.([A-Z]\w+)", "".join(CACHED_CODE))))
@@ -1148,7 +1296,8 @@ def prepare(case, cfg):
     """Return (the case with its facts, None), or (the case, its error); runs in workers."""
     try:
         case = replace(case, cache=str(cache_path(case, cfg)))
-        return replace(case, **fill_cache(case, cfg)), None
+        with naming(case.image):
+            return replace(case, **fill_cache(case, cfg)), None
     except (ValueError, OSError) as error:
         path = getattr(error, "filename", None)  # of a file that is not there
         return case, ValueError(f"{path}: {explain(error)}") if path else error
@@ -1204,14 +1353,19 @@ def log_grids(cases, cfg):
     numbers = f"{np.mean(dices):.3f} ({min(dices):.3f} to {max(dices):.3f})"
     log.info("Round trip      %s: native Dice of masks to the working grid and back", numbers)
     for case in cases:
-        if max(np.abs(np.log(np.divide(case.native_spacing, usual)))) > math.log(1.5):
-            told = f"{spacing_words(case.native_spacing)}, far from {spacing_words(usual)}"
-            log.warning("Warning: %s has voxels of %s", case.image, told)
+        warn_if_far(case.image, case.native_spacing, usual, "")
     coarser = np.maximum(np.divide(cfg.PIX_DIM, usual), 1).prod()  # finer elsewhere gains nothing
     if coarser > 1.01:
         told = "Warning: the working grid is coarser than the scans, %.1f times in voxel volume. "
         told += "What that costs thin PVS is told by Round trip; --pix-dim %s avoids it."
         log.warning(told, coarser, " ".join(f"{mm:g}" for mm in usual))
+
+
+def warn_if_far(image, spacing, usual, whose):
+    """Warn where a side of a scan's voxels (mm) is 1.5 times more or less than usual."""
+    if max(np.abs(np.log(np.divide(spacing, usual)))) > math.log(1.5):
+        told = f"{spacing_words(spacing)}, far from {whose}{spacing_words(usual)}"
+        log.warning("Warning: %s has voxels of %s", image, told)
 
 
 class TrainingPatches(Dataset):
@@ -1234,7 +1388,8 @@ class TrainingPatches(Dataset):
                 item[key] = torch.from_numpy(np.ravel_multi_index(tuple(places), padded))
         seed = np.random.SeedSequence([self.cfg.SEED, epoch, number]).generate_state(1)[0]
         self.transforms.set_random_state(seed=int(seed))
-        return self.transforms(item | {"name": self.cases[number].name})
+        with naming(self.cases[number].image):
+            return self.transforms(item | {"name": self.cases[number].name})
 
 
 class EpochSampler(Sampler):
@@ -1281,7 +1436,7 @@ def build_train_loader(cases, cfg, device):
         TrainingPatches(cases, cfg),
         batch_sampler=EpochSampler(len(cases), cfg),
         num_workers=worker_count(cfg),
-        collate_fn=list_data_collate,
+        collate_fn=lambda cases: default_collate([*itertools.chain(*cases)]),
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_run,
         generator=torch.Generator(),  # so that it draws nothing from the model's random numbers
@@ -1653,17 +1808,17 @@ def load_initial_weights(model, split, cfg):
     told = f"{cfg.INIT_FROM}: expected a checkpoint of this run's network, it has another"
     require(not differ, f"{told} {', '.join(differ)}")
     load_weights(model, content, cfg.INIT_FROM)
-    used = seen_hashes([content])
+    used = seen_hashes([content], "train", "val")
     seen = [c.image for part in ("val", "test") for c in split[part] if c.sha256 in used]
     told = f"for validation or test, but {cfg.INIT_FROM} was trained or chosen with it"
     remedy = "Choose other subjects with --split, or draw them with another --seed."
     raise_problems([f"{image}: {told}" for image in seen], remedy)
 
 
-def seen_hashes(contents):
-    """Return the hashes of the scans that checkpoints were trained or chosen with."""
-    parts = [content["sha256"].get(part, {}) for content in contents for part in ("train", "val")]
-    return set().union(*(part.values() for part in parts))
+def seen_hashes(contents, *parts):
+    """Return the hashes of the scans that are in these parts of the split of checkpoints."""
+    scans = [content["sha256"].get(part, {}) for content in contents for part in parts]
+    return set().union(*(part.values() for part in scans))
 
 
 # ---------------------------------------------------------------------------------------- Training
@@ -1845,6 +2000,7 @@ def save_epoch(run, state, split, improved, in_turn):
     history, grid = progress["history"], {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
     content = {"config": asdict(cfg), "working_grid": grid, "versions": describe_origin(cfg)}
     content |= {"history_row": history[-1], "processes": process_number("WORLD_SIZE")}
+    content["trained_on"] = describe_scans(split["train"], cfg)
     for key in ("sha256", "label_sha256"):  # of the voxels, by which scans are known again
         content[key] = {part: {c.name: getattr(c, key) for c in split[part]} for part in split}
     if not in_turn:  # for a run that goes on
@@ -1897,6 +2053,12 @@ def data_set_name(cfg):
     return Path(cfg.DATA_DIR).resolve().name
 
 
+def describe_scans(cases, cfg):
+    """Return what scans to predict are compared with: data set, median spacing, skull or not."""
+    stripped = bool(np.median([case.stripped for case in cases]) > 0.5)
+    return {"data_set": data_set_name(cfg), "spacing": own_spacing(cases), "stripped": stripped}
+
+
 def score_case(case, entry, working_pred, pred, label):
     """Return a case's scores as one flat row; what is summarised of them stands in SCORES.
 
@@ -1904,7 +2066,7 @@ def score_case(case, entry, working_pred, pred, label):
     the label as its file has it; all bool.
     """
     affine, working_label = entry["native_affine"].numpy(), entry["label"][0].numpy() > 0
-    row = {"name": case.name, "subject": case.subject}
+    row = {"participant_id": case.subject, "name": case.name}
     row |= calculate_metrics(working_pred, working_label)
     if label.any() and not working_label.any():
         row |= dict.fromkeys(METRICS, 0.0)
@@ -1973,7 +2135,7 @@ def summarise(rows, key, seed):
     scans_of, interval, numbers = {}, None, [None] * 5
     for row in rows:
         if row[key] is not None:
-            scans_of.setdefault(row["subject"], []).append(row[key])
+            scans_of.setdefault(row["participant_id"], []).append(row[key])
     known = list(itertools.chain(*scans_of.values()))
     if len(scans_of) > 1:
         pair = [np.array([*map(f, scans_of.values())], dtype=float) for f in (sum, len)]
@@ -2108,20 +2270,29 @@ def write_prediction(run, case, pred, prob, cfg):
     return folder / f"{name}_mask.nii.gz"
 
 
-def write_description(run, cases, cfg):
+def describe_prediction(contents, cfg):
+    """Return in words what makes a mask of a scan, the weights by a hash."""
+    digest = hashlib.sha256()
+    for _, content in contents:
+        for weights in content["model"].values():
+            digest.update(weights.contiguous().flatten().view(torch.uint8).numpy())
+    made = f"{describe_network(cfg)}, weights {digest.hexdigest()[:16]}, {describe_grid(cfg)}, "
+    made += f"TTA_FLIPS {cfg.TTA_FLIPS}; mask where above {cfg.THRESHOLD:g}, "
+    return made + f"without components below {cfg.SMALLEST_PVS:g} mm3"
+
+
+def write_description(run, scans, made):
     """Write `predictions/dataset_description.json`, which names the data sets of the scans."""
     sources = set()
-    for case in cases:
-        above = Path(case.image).resolve().parents
+    for scan in scans:
+        above = Path(scan).resolve().parents
         marked = [p for p in above if (p / "dataset_description.json").exists()]
         sources.add((marked or above)[0].as_uri())
-    made = f"{describe_network(cfg)}, {describe_grid(cfg)}, TTA_FLIPS {cfg.TTA_FLIPS}; mask where "
-    made += f"above {cfg.THRESHOLD:g}, without components below {cfg.SMALLEST_PVS:g} mm3"
     content = {"Name": "Perivascular spaces (PVS), predicted", "BIDSVersion": "1.10.0"}
     content |= {"GeneratedBy": [{"Name": "train_pvs.py", "Description": made}]}
     content["SourceDatasets"] = [{"URL": source} for source in sorted(sources)]
     content["DatasetType"] = "derivative"
-    write_json(run.predictions / "dataset_description.json", content)
+    write_json(run.description, content)
 
 
 # ----------------------------------------------------------------------------------------- Figures
@@ -2520,7 +2691,7 @@ def train(run, model, split, cfg, last):
 def read_again(case):
     """Return the scan and the bool mask (X, Y, Z) of a case; an OSError if they have changed."""
     try:
-        image, label = read_volume(case.image), read_volume(case.label)
+        image, label = read_volume(case.image), read_label(case.label)
     except ValueError as error:
         raise OSError(str(error)) from None
     for path, volume, known in ((case.image, image, "sha256"), (case.label, label, "label_sha256")):
@@ -2548,7 +2719,8 @@ def evaluate(run, model, cases, contents, cfg):
         cuts.append(draw_case(run, case, image, affine, masks, title))
     rows, cuts = gather(rows), gather(cuts)
     if first_process():
-        write_description(run, cases, cfg)
+        made = describe_prediction(contents, cfg)
+        write_description(run, [case.image for case in cases], made)
         for path, content in contents:
             row = content["history_row"]
             weights.append({"file": str(path), "epoch": row["epoch"], "val_dice": row["val_dice"]})
@@ -2566,40 +2738,95 @@ def evaluate(run, model, cases, contents, cfg):
     return 0
 
 
-def segment_scan(run, model, case, cfg):
+def warn_of_doubts(case, entry, cautions, contents):
+    """Warn of what is odd in a scan, and of what sets it apart from the training scans."""
+    for caution in cautions:
+        log.warning("Warning: %s", caution)
+    for facts in [content["trained_on"] for _, content in contents if "trained_on" in content][:1]:
+        spacing = ras_spacing(entry["native_affine"].numpy())
+        warn_if_far(case.image, spacing, facts["spacing"], "the training scans' ")
+        if entry["stripped"] != facts["stripped"]:
+            without = "the scan is" if entry["stripped"] else "only the training scans are"
+            log.warning("Warning: %s: %s stripped of the skull", case.image, without)
+
+
+def segment_scan(run, model, case, contents, cfg):
     """Segment a scan, write and draw its mask; return its row of `participants_pvs.csv`."""
-    image = read_scan(case.image)
+    image, cautions = read_scan(case.image)
     entry = to_working_grid({"image": image}, cfg)
+    warn_of_doubts(case, entry, cautions, contents)
     prob, affine = predict_case(model, entry, cfg)[1], entry["native_affine"].numpy()
     pred = decide(prob, affine, cfg)
-    mask = write_prediction(run, case, pred, prob, cfg).relative_to(run.folder)
+    mask = write_prediction(run, case, pred, prob, cfg)
     count, volume = ndimage.label(pred, TOUCHING)[1], volume_ml(pred, affine)
     title = f"{case.name}: {count} PVS, {volume:.3f} ml predicted\nnative grid, "
     title += f"{spacing_words(ras_spacing(affine))}\npredicted on the {describe_grid(cfg)}"
+    title += f"\nnetwork trained on: {training_set(contents)}"
     draw_case(run, case, np.asarray(image[0]), affine, {"prediction": pred}, title)
-    row = {"participant_id": case.subject, "name": case.name, "count": count}
-    return row | {"volume_ml": volume, "scan": case.image, "mask": mask}
+    found, every = hash_voxels(image), [content for _, content in contents]
+    seen = [part for part in ("train", "val", "test") if found in seen_hashes(every, part)]
+    row = {"participant_id": case.subject, "name": case.name, "count": count, "volume_ml": volume}
+    row |= {"seen_in": "".join(seen[:1]), "trained_on": training_set(contents)}
+    row |= {"scan": case.image, "scan_sha256": hash_file(case.image)}
+    return row | {"mask": os.path.relpath(mask, run.burden.parent)}
 
 
-def predict_scans(run, model, cases, cfg):
+def training_set(contents):
+    """Return the names of the data sets that checkpoints were trained on."""
+    known = [(content.get("trained_on", {}), content["config"]) for _, content in contents]
+    sets = {facts.get("data_set") or Path(saved["DATA_DIR"]).name for facts, saved in known}
+    return ", ".join(sorted(sets))
+
+
+def read_done(run, cases, made):
+    """Return the rows, {name: row}, of the scans that a former --predict into this folder has done.
+
+    A ValueError where it holds masks by another network, or of other scans with the same names.
+    """
+    remedy = "Choose another --output-dir, or replace them with --overwrite."
+    try:
+        former = read_json(run.description)["GeneratedBy"][0]["Description"]
+    except (OSError, ValueError, LookupError, TypeError):
+        former = None
+    require(former == made, f"{run.folder}: has masks by other weights or settings. {remedy}")
+    rows = {}
+    if run.burden.exists():
+        with open(run.burden, encoding="utf-8", newline="") as file:
+            rows = {row["name"]: row for row in csv.DictReader(file)}
+    rows = {n: row for n, row in rows.items() if (run.burden.parent / row["mask"]).exists()}
+    problems = [
+        f"{case.image}: expected the scan that {case.name} was, {rows[case.name]['scan']}"
+        for case in cases
+        if case.name in rows and hash_file(case.image) != rows[case.name]["scan_sha256"]
+    ]
+    raise_problems(problems, remedy)
+    return rows
+
+
+def predict_scans(run, model, cases, contents, rows, cfg):
     """Segment scans one at a time; return the exit status, 1 where one could not be done.
 
-    Scans that cannot be read, or are too large for the memory, are named at the end.
+    `rows`: of those that are done, {name: row}. Scans that cannot be read, or are too large for
+    the memory, are named at the end.
     """
-    rows, problems = [], []
-    write_description(run, cases, cfg)
-    for case in Progress(cases, "predicting"):
+    problems, waiting = [], [case for case in cases if case.name not in rows]
+    if len(waiting) < len(cases):
+        log.info("Done before     %d of %d scans", len(cases) - len(waiting), len(cases))
+    scans = {case.image for case in cases} | {row["scan"] for row in rows.values()}
+    write_description(run, scans, describe_prediction(contents, cfg))
+    for case in Progress(waiting, "predicting"):
         try:
-            rows.append(segment_scan(run, model, case, cfg))
-            write_csv(run.burden, rows)
-            log.info("%(name)s: %(count)d PVS, %(volume_ml).3f ml", rows[-1])
+            row = rows[case.name] = segment_scan(run, model, case, contents, cfg)
+            write_csv(run.burden, [*rows.values()])
+            log.info("%(name)s: %(count)d PVS, %(volume_ml).3f ml", row)
         except ValueError as error:
             problems.append(str(error))
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
             problems.append(f"{case.image}: memory ran out; {OUT_OF_MEMORY}")
-    log.info("%d of %d scans are segmented in %s", len(rows), len(cases), run.folder.resolve())
+    segmented = len(cases) - len(problems)
+    log.info("%d of %d scans are segmented in %s", segmented, len(cases), run.folder.resolve())
     for problem in problems:
         log.error("Not segmented: %s", problem)
     return 1 if problems else 0
@@ -2621,7 +2848,7 @@ def restore_configs(contents, cfg, options):
 
 def choose_test_cases(cases, contents):
     """Return the cases that no checkpoint was trained or chosen with, by voxels; log the others."""
-    used = seen_hashes(content for _, content in contents)
+    used = seen_hashes([content for _, content in contents], "train", "val")
     left_out = [case.name for case in cases if case.sha256 in used]
     told = "the checkpoint was trained or chosen with every scan, none is left to test on"
     require(len(left_out) < len(cases), f"DATA_DIR: {told}; expected others")
@@ -2650,18 +2877,24 @@ def set_up_trained(cfg, options):
         models.append(build_model(cfg, pretrained=False))
         load_weights(models[-1], content, path)
     models.to(choose_device(cfg))
-    run.open(command.split("-")[0], options.overwrite or own, options.overwrite and not own)
+    goes_on = options.predict and not options.overwrite and run.results()
+    replaceable = options.overwrite or own or goes_on
+    run.open(command.split("-")[0], replaceable, options.overwrite and not own)
     wait_for_all()
-    if not own:
+    done = read_done(run, cases, describe_prediction(contents, cfg)) if goes_on else {}
+    if not own and not goes_on:
         run.clear()  # --overwrite
     log_settings(cfg, options, f"{command}, checkpoint {', '.join(map(str, paths))}")
     for row in (content["history_row"] for _, content in contents):
         dice = row["val_dice"] and f"{row['val_dice']:.4f} on the working grid"
         log.info("Weights         epoch %d, validation Dice %s", row["epoch"], dice)
-    log.info("%s     %s", "Trained on" if options.predict else "Data      ", data_set_name(cfg))
+        if row["val_dice"] == 0:
+            log.warning("Warning: these weights found no PVS in validation; expect empty masks")
     if options.predict:
+        log.info("Trained on      %s", training_set(contents))
         log_plan(run, cfg, models, f"{len(cases)} to segment")
-        return functools.partial(predict_scans, run, models, cases, cfg)
+        return functools.partial(predict_scans, run, models, cases, contents, done, cfg)
+    log.info("Data            %s", data_set_name(cfg))
     cases = choose_test_cases(prepare_cases(cases, cfg), contents)
     if own:  # no others than the run has tested
         cases = [case for case in cases if case.name in contents[0][1]["sha256"]["test"]]
@@ -2676,6 +2909,9 @@ def tell_failure(error, cfg, options, begun):
     mistake, machine's failure or signal, but the script's, is raised again.
     """
     text, status, alone = str(error).strip(), 1, False
+    caught = re.match(r"Caught (\w+) in DataLoader worker", text)
+    if caught:  # its own line stands below a worker's traceback
+        text = re.findall(rf"^{caught[1]}: (.*)$", text, re.M)[-1]
     way_on = "No epoch was finished: run the same command again, with --overwrite."
     if not begun:
         way_on = "Nothing had begun: run the same command again."
@@ -2692,14 +2928,16 @@ def tell_failure(error, cfg, options, begun):
         told = f"Error: another process of the run has ended.\n{way_on}"
     elif isinstance(error, FloatingPointError):
         alone, told = True, f"Error: {text}"
+    elif "shared memory" in text or "Bus error" in text:
+        alone, told = True, f"Error: {SHARED_MEMORY}.\n{way_on}"
     elif "DataLoader worker (pid" in text or isinstance(error, ConnectionError | EOFError):
         told = "Error: a worker process was killed, most likely since memory, or /dev/shm, ran out."
         told += f"\nFirst lower --num-workers. {OUT_OF_MEMORY}\n{way_on}"
-    elif isinstance(error, OSError):  # a worker's own holds its traceback
-        alone, told = True, "Error: " + text.rsplit("\nOSError: ", 1)[-1] + f"\n{way_on}"
     elif lacks_memory(error):
         cause = text.split("\n")[0]
         alone, told = True, f"Error: memory ran out ({cause}).\n{OUT_OF_MEMORY}\n{way_on}"
+    elif caught or isinstance(error, OSError):
+        alone, told = True, f"Error: {text}\n{way_on}"
     else:
         raise error
     if alone or process_number("LOCAL_RANK") == 0:
@@ -2710,20 +2948,35 @@ def tell_failure(error, cfg, options, begun):
     return status
 
 
+def run_folds(argv, cfg):
+    """Run all folds one after another; return the highest exit status, at once above 1."""
+    status, top = 0, Path(cfg.OUTPUT_DIR).parent
+    for fold in range(1, cfg.FOLDS + 1):
+        begun = Run(top / f"fold-{fold}").last.exists()
+        own = [flag for flag in argv if flag != "--resume" or begun]
+        status = max(status, main([*own, "--fold", str(fold)]))
+        if status > 1:
+            break
+    return status
+
+
 def main(argv=None):
     """Run the pipeline that the command line asks for; return the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     with logging_to_screen(), stopping_on_signals():
         cfg = options = work = None
         try:
             cfg, options = parse_command_line(argv)
             trained = options.evaluate or options.predict
-            with joined_processes(cfg):
-                work = (set_up_trained if trained else set_up_training)(cfg, options)
-                status = work()
-                wait_for_all()  # torchrun ends all when one has ended with another status than 0
-                return status
+            if not options.every_fold:
+                with joined_processes(cfg):
+                    work = (set_up_trained if trained else set_up_training)(cfg, options)
+                    status = work()
+                    wait_for_all()  # torchrun ends all when one has ended with another status
+                    return status
         except (*FAILURES, KeyboardInterrupt) as error:
             return tell_failure(error, cfg, options, begun=work)
+    return run_folds(argv, cfg)
 
 
 if __name__ == "__main__":
