@@ -11,6 +11,7 @@ import torch
 
 import train_pvs
 from conftest import edited_copy
+from running import refused
 from train_pvs import PUBLISHED, RECIPES, Config, parse_command_line
 
 FIELDS = {field.name: field.default for field in fields(Config)}
@@ -211,21 +212,16 @@ WRONG = {  # values that are refused; each by the name of its field, and no othe
 
 def test_wrong_setting_is_told_by_its_name_before_anything_is_made(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    failures = []
     for name, values in WRONG.items():
         for value in values:
-            status, _, err = run("--check", flag_of(name), *(value.split() or [value]))
-            lines = err.splitlines()
-            named = {line.split(":")[0].strip() for line in lines[1:]}
+            err = refused(run("--check", flag_of(name), *(value.split() or [value])))
+            told = [re.match("  ([A-Z_]+): expected .+, got", ln) for ln in err.splitlines()[1:]]
+            assert None not in told, err
             others = {"ENCODER_DEPTH": "IMG_PATCH_SIZE", "FOLDS": "FOLD"}.get(name, name)
-            good = all(re.match("  [A-Z_]+: expected .+, got", line) for line in lines[1:])
-            if status != 2 or not good or name not in named or named - {name, others}:
-                failures.append(f"{name} {value[:30]!r}: {status} {err[:200]}")
-    assert not failures, failures
+            assert {name} <= {match[1] for match in told} <= {name, others}, (name, value[:30], err)
     names = set(WRONG) - {"ENCODER_DEPTH"}  # a wrong one leaves no multiple for IMG_PATCH_SIZE
     flags = [word for name in names for word in (flag_of(name), *(WRONG[name][0].split() or [""]))]
-    status, _, err = run("--check", *flags)
-    assert (status, [name for name in names if f"\n  {name}: " not in err]) == (2, [])
+    refused(run("--check", *flags), *(f"\n  {name}: " for name in names))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -239,8 +235,7 @@ def test_settings_that_do_not_go_together_are_told(run, tmp_path):
         ("--split", split, "--folds", "5", "--fold", "1"): "SPLIT: expected none together with FO",
         ("--folds", "5", "--fold", "6"): "FOLD: expected a number from 1 to FOLDS",
     }.items():
-        status, _, err = run("--check", *flags)
-        assert (status, told in err) == (2, True), (flags, err)
+        refused(run("--check", *flags), told)
     assert not (tmp_path / "out").exists()
 
 
