@@ -110,9 +110,7 @@ NO_STATE = (NONE, lambda path, c: torch.save({n: c[n] for n in train_pvs.CHECKPO
 
 
 @pytest.mark.parametrize("command", ["evaluate", "resume", "init-from"])
-def test_useless_checkpoint_is_told_by_its_name_and_runs_no_code(
-    command, source, start, tmp_path, monkeypatch
-):
+def test_useless_checkpoint_is_told_and_runs_no_code(command, source, start, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content, path = content_of(source, command), tmp_path / "weights.pth"
     more = {"evaluate": [UNUSABLE], "resume": [UNUSABLE, NO_STATE], "init-from": []}[command]
@@ -179,9 +177,7 @@ def test_checkpoint_of_an_earlier_version_is_used_with_published_values(source, 
         shutil.rmtree(tmp_path / "out")
 
 
-def test_training_starts_from_weights_that_fit_and_know_no_scan_of_validation_and_test(
-    source, start, tmp_path
-):
+def test_first_weights_fit_and_know_no_scan_of_validation_and_test(source, start, tmp_path):
     def load(path):
         return torch.load(path, weights_only=True)["model"].items()
 

@@ -148,9 +148,7 @@ def test_wrong_edits_are_told_in_a_line_each(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_start_of_a_run_tells_what_was_edited_and_where_a_recipe_overrides_it(
-    data, tmp_path, capsys
-):
+def test_start_tells_edits_and_where_a_recipe_overrides_them(data, tmp_path, capsys):
     edits = {"LR": "5e-4", "DECODER_WIDTH": "4", "PIX_DIM": "1.0", "IMG_PATCH_SIZE": "32"}
     edits |= {"NUM_WORKERS": "0", "DEVICE": '"cpu"', "ENCODER_WEIGHTS": '"none"', "VAL_EVERY": "5"}
     copy = edited_copy(tmp_path, DATA_DIR=f'Path("{data}")', **edits)

@@ -464,9 +464,7 @@ def times_of(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_only_what_matters_makes_prepared_volumes_anew_and_data_stay_as_they_are(
-    data, run, tmp_path
-):
+def test_only_what_matters_prepares_anew_and_data_stay_as_they_are(data, run, tmp_path):
     cache, before = {}, times_of(data)
 
     def new(*flags):

@@ -186,9 +186,7 @@ def test_killed_worker_is_told_with_what_to_lower(begin, heads):
         assert f"{told}\nFirst lower --num-workers. To need less: --sw-batch-size 1" in run.stderr
 
 
-def test_folder_of_a_running_training_is_refused_and_free_as_soon_as_it_is_killed(
-    begin, again, heads
-):
+def test_folder_of_a_running_training_is_refused_until_it_is_killed(begin, again, heads):
     run = begin(*FOR_EVER, "--ema-decay", 0.7, data=heads)
     run.wait_for("checkpoints/last.pth")
     kept = snapshot(run.out / "logs", ["train.log", "training_history.json"])
@@ -272,9 +270,7 @@ def fill_disk(monkeypatch, start):
             flags = ["--overwrite"]
 
 
-def test_full_disk_is_told_for_each_file_and_the_run_goes_on_to_the_same_end(
-    again, whole, heads, monkeypatch, tmp_path
-):
+def test_full_disk_is_told_for_each_file_and_survived(again, whole, heads, monkeypatch, tmp_path):
     expected = outcome(whole)
     assert fill_disk(monkeypatch, again) == {
         *("cache", "split.json", "best_model.pth", "last.pth", "training_history.json"),
@@ -298,9 +294,7 @@ def test_full_disk_is_told_for_each_file_and_the_run_goes_on_to_the_same_end(
     assert snapshot(tmp_path / "predicted", logs) == snapshot(tmp_path / "calm", logs)
 
 
-def test_loss_or_gradient_that_is_not_finite_ends_the_run_which_saves_nothing_of_the_epoch(
-    copied, no_figures
-):
+def test_loss_or_gradient_that_is_not_finite_ends_the_run_unsaved(copied, no_figures):
     # Logits of 1e30 and more have a finite loss; the squares of their gradients overflow.
     last, cases = copied.out / "checkpoints" / "last.pth", "|".join(copied.split["train"])
     content = torch.load(last, weights_only=True)
@@ -394,9 +388,7 @@ def test_other_versions_and_arithmetic_are_warned_of_on_resuming(copied, resume)
     assert out.count("Warning: the run began with") == 2
 
 
-def test_run_that_stopped_early_trains_no_further_and_needs_its_first_weights_no_more(
-    copied, again, tmp_path
-):
+def test_run_that_stopped_early_goes_no_further_without_first_weights(copied, again, tmp_path):
     content = torch.load(copied.best, weights_only=True)
     torch.save(content | {"sha256": {}}, tmp_path / "first.pth")
     # Nothing changes, so that each validation is the first one again.

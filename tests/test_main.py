@@ -133,9 +133,7 @@ def test_overwrite_replaces_results_and_log_but_no_files_of_others(copied, no_fi
     assert "Simulated heads of a test" in log
 
 
-def test_check_needs_no_weights_and_no_network_and_says_what_a_run_would_use(
-    data, run, monkeypatch, tmp_path
-):
+def test_check_needs_no_network_and_tells_what_a_run_would_use(data, run, monkeypatch, tmp_path):
     def offline(*_, **__):
         raise OSError("no network")
 
@@ -160,9 +158,7 @@ def test_check_needs_no_weights_and_no_network_and_says_what_a_run_would_use(
     assert "check.log" in left
 
 
-def test_mistakes_end_with_status_2_and_one_line_before_anything_is_written(
-    finished, tmp_path, monkeypatch
-):
+def test_mistakes_end_with_status_2_and_one_error_before_any_work(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     weights = finished.best

@@ -245,9 +245,7 @@ def test_evaluation_gives_the_scores_and_files_of_the_test_again(copied, finishe
     done(call("--evaluate", "--output-dir", copied.out, *MACHINE))  # no --overwrite
 
 
-def test_scans_are_known_again_by_their_voxels_and_all_unseen_ones_are_tested(
-    copied, predict, finished, tmp_path
-):
+def test_scans_are_known_by_voxels_and_unseen_ones_tested(copied, predict, finished, tmp_path):
     def evaluate(*flags):
         return predict("--data-dir", copied.data, *flags, command="--evaluate")
 
@@ -268,9 +266,7 @@ def test_scans_are_known_again_by_their_voxels_and_all_unseen_ones_are_tested(
     refused(evaluate("--overwrite"), "none is left")
 
 
-def test_external_data_are_scored_with_empty_and_vanishing_masks_in_a_folder_of_their_own(
-    copied, tmp_path
-):
+def test_external_data_with_empty_and_vanishing_masks_are_scored_apart(copied, tmp_path):
     clinic = tmp_path / "clinic"
     make_subject(clinic, "sub-001", seed=31)  # a name that the run has, other voxels
     make_subject(clinic, "sub-none", seed=32)

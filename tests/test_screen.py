@@ -57,9 +57,7 @@ def rows_of(log):
     return [piece.rstrip() for piece in pieces if piece.strip()]
 
 
-def test_log_lines_are_whole_and_begin_at_the_left_of_a_terminal_with_progress_bars(
-    show, finished, tmp_path
-):
+def test_log_lines_are_whole_on_a_terminal_with_progress_bars(show, finished, tmp_path):
     argv = ["--data-dir", finished.data, *LEARNING, "--test-fraction", 0.3]
     written, status, rows = show(*argv, "--output-dir", tmp_path / "whole")
     assert status in (0, 1), written
@@ -78,9 +76,7 @@ def test_log_lines_are_whole_and_begin_at_the_left_of_a_terminal_with_progress_b
     assert rows[-1].startswith("Interrupted (SIGINT). Go on with the same command")
 
 
-def test_progress_is_plain_lines_where_there_is_no_terminal(
-    finished, no_figures, monkeypatch, tmp_path
-):
+def test_progress_without_terminal_is_plain_lines(finished, no_figures, monkeypatch, tmp_path):
     start = time.time()  # a clock on which a step takes minutes: a line comes every 30 s
     monkeypatch.setattr(tqdm.std, "time", lambda: start + 10_000 * (time.time() - start))
     places = ("--data-dir", finished.data, "--output-dir", tmp_path)

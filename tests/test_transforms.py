@@ -119,9 +119,7 @@ def same(one, two):
     return one["name"] == two["name"] and all(torch.equal(one[key], two[key]) for key in KEYS)
 
 
-def test_batches_are_a_function_of_seed_and_epoch_with_workers_and_without(
-    data, tiny_config, tmp_path
-):
+def test_batches_are_a_function_of_seed_and_epoch_with_any_workers(data, tiny_config, tmp_path):
     settings = {"DATA_DIR": str(data), "OUTPUT_DIR": str(tmp_path), "IMG_PATCH_SIZE": (8, 16, 24)}
     cfg = tiny_config(**settings, BATCH_SIZE=3)
     cases, device = train_pvs.prepare_cases(train_pvs.find_cases(cfg), cfg), torch.device("cpu")
