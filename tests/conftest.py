@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import multiprocessing.forkserver
 import os
 import re
@@ -112,17 +111,6 @@ def split_flags(folder, **numbers):
     return ["--split", str(folder / "split.json")]
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport():
-    """Let what was printed be of letters that xdist can send: file names may hold others."""
-    report = yield
-    report.sections = [
-        (title, text.encode("utf-8", "backslashreplace").decode())
-        for title, text in report.sections
-    ]
-    return report
-
-
 @pytest.fixture(scope="session")
 def nursery():
     """Where runs are forked from: a process that has imported the script and computed nothing."""
@@ -197,17 +185,6 @@ def run(tmp_path):
         return call("--data-dir", data, "--output-dir", out, *TINY, *flags)
 
     return start
-
-
-@pytest.fixture
-def messages(caplog, monkeypatch):
-    """The script's log records, each once, although they do not propagate."""
-    log = logging.getLogger("train_pvs")
-    monkeypatch.setattr(log, "propagate", False)
-    log.addHandler(caplog.handler)
-    log.setLevel(logging.INFO)
-    yield caplog
-    log.removeHandler(caplog.handler)
 
 
 @pytest.fixture

@@ -19,9 +19,7 @@ BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_suppo
 class Batches(list):
     """A list of batches in the place of the loader."""
 
-    def __init__(self, batches):
-        super().__init__(batches)
-        self.batch_sampler = SimpleNamespace(epoch=None)
+    batch_sampler = SimpleNamespace(epoch=None)
 
 
 def make_batches(count, size=2, side=4):
@@ -200,8 +198,7 @@ def test_small_network_learns_a_single_volume(tmp_path, tiny_config):
     train_pvs.fit(run, model, cfg, {"train": 8 * [case], "val": [case]})
     history = json.loads(run.history.read_text())
     assert history[0]["val_dice"] < history[-1]["val_dice"]
-    assert history[-1]["val_dice"] > 0.8
-    assert history[-1]["train_dice"] > 0.8
+    assert min(history[-1]["val_dice"], history[-1]["train_dice"]) > 0.8
 
 
 class Scripted(nn.Module):
@@ -228,9 +225,9 @@ class Scripted(nn.Module):
 
 @pytest.fixture
 def fit(tiny_config, tmp_path):
-    """Run `fit` with a scripted model on a volume of one window; return it, history and Run."""
+    """Fit a scripted model to a volume of one window; return the history and the Run."""
 
-    def call(model, **settings):
+    def fit(model, **settings):
         label = torch.zeros(1, 16, 16, 16, dtype=torch.uint8)
         label[0, 4, 4:12, 4:12] = 1
         entry = {"image": torch.rand(label.shape).half(), "label": label}
@@ -240,29 +237,28 @@ def fit(tiny_config, tmp_path):
         cache = {"cache": str(tmp_path / "entry.pt"), "working_voxels": 64}
         case = train_pvs.Case("sub-1", "sub-1", "scan.nii", **cache)
         run, cfg = train_pvs.Run(tmp_path / "out"), tiny_config(AMP=False, **settings)
-        train_pvs.fit(run, model, cfg, {"train": [case], "val": [case]})
+        with train_pvs.logging_to_screen():
+            train_pvs.fit(run, model, cfg, {"train": [case], "val": [case]})
         return json.loads(run.history.read_text()), run
 
-    return call
+    return fit
 
 
-def test_run_is_not_stopped_while_the_dice_never_left_0_and_that_is_told_once(fit, messages):
+def test_run_is_not_stopped_while_the_dice_never_left_0_and_that_is_told_once(fit, capsys):
     history, run = fit(Scripted([0] * 50), EPOCHS=50, EARLY_STOPPING=3)
     assert len(history) == 50
     assert train_pvs.read_checkpoint(run.best)["history_row"]["epoch"] == 1
-    assert "Stopped early" not in messages.text
-    told = {r.getMessage() for r in messages.records if r.levelname == "WARNING"}
-    assert len(told) == 1
-    assert "validation Dice is still 0" in told.pop()
+    out = capsys.readouterr().out
+    assert "Stopped early" not in out
+    assert out.count("Warning: ") == out.count("Warning: validation Dice is still 0") == 1
 
 
-def test_run_stops_after_so_many_validations_without_a_better_dice(fit, messages):
+def test_run_stops_after_so_many_validations_without_a_better_dice(fit, capsys):
     # Validated: 1 (best), 2, 4, 6; the third without a better Dice is in epoch 6.
     for found, every, last in (([0] * 4 + [9] * 9, 1, 8), ([9] * 20, 2, 6)):
         history, _ = fit(Scripted(found), EPOCHS=20, EARLY_STOPPING=3, VAL_EVERY=every)
         assert history[-1]["epoch"] == last
-        assert "Stopped early: no better validation Dice in 3 validations" in messages.text
-        messages.clear()
+        assert "Stopped early: no better validation Dice in 3 val" in capsys.readouterr().out
 
 
 def test_best_weights_and_scores_are_those_of_the_first_validation_with_the_best_dice(fit):
@@ -283,13 +279,14 @@ def test_average_of_the_weights_is_what_is_validated_and_kept(fit):
     model = Scripted([5])
     _, run = fit(model, EPOCHS=1, EMA_DECAY=0.5, LR=0.1)
     assert not model.seen  # it was not asked, but its average
-    best, last = train_pvs.read_checkpoint(run.best), train_pvs.read_checkpoint(run.last)
-    assert last["model"]["weight"] < best["model"]["weight"] < 1  # from 1 downwards
+    best, last = (train_pvs.read_checkpoint(path)["model"] for path in (run.best, run.last))
+    assert last["weight"] < best["weight"] < 1  # from 1 downwards
 
 
 def test_validation_loss_that_is_not_finite_ends_the_run_without_new_weights(fit, tmp_path):
-    told = "validation loss became nan in epoch 2 with sub-1"
-    with pytest.raises(FloatingPointError, match=told):
+    with pytest.raises(
+        FloatingPointError, match="validation loss became nan in epoch 2 with sub-1"
+    ):
         fit(Scripted((5, -1)), EPOCHS=3)
     content = train_pvs.read_checkpoint(tmp_path / "out" / "checkpoints" / "best_model.pth")
     assert content["history_row"]["epoch"] == 1
@@ -323,7 +320,7 @@ def test_validation_out_of_turn_chooses_weights_but_moves_neither_schedule_nor_s
     assert (plateau["last_epoch"], plateau["num_bad_epochs"], waited) == (3, 2, 2)
 
 
-def test_training_ends_with_a_validated_epoch_when_its_minutes_are_over(fit, messages):
+def test_training_ends_with_a_validated_epoch_when_its_minutes_are_over(fit, capsys):
     class Slow(Scripted):
         def forward(self, image):
             time.sleep(0.1)
@@ -334,4 +331,4 @@ def test_training_ends_with_a_validated_epoch_when_its_minutes_are_over(fit, mes
     assert sum(seconds) >= 0.6 > sum(seconds[:-1])
     validated = {row["epoch"] for row in history if row["val_dice"] is not None}
     assert validated == {1, len(history)} != {1, 40}
-    assert "Stopped after" in messages.text
+    assert "Stopped after" in capsys.readouterr().out
