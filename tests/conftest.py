@@ -1,5 +1,6 @@
 """Small data sets and settings that make the whole pipeline run in seconds."""
 
+import functools
 import importlib.util
 import json
 import multiprocessing.forkserver
@@ -180,20 +181,13 @@ def data(tmp_path):
 @pytest.fixture
 def run(tmp_path):
     """Call main with the tiny settings; returns (status, stdout, stderr)."""
-
-    def start(*flags, data=tmp_path / "data", out=tmp_path / "out"):
-        return call("--data-dir", data, "--output-dir", out, *TINY, *flags)
-
-    return start
+    return lambda *flags, data=tmp_path / "data", out=tmp_path / "out": call(
+        "--data-dir", data, "--output-dir", out, *TINY, *flags
+    )
 
 
 @pytest.fixture
 def tiny_config():
     """Return a function that gives the tiny Config with overrides."""
-
-    def make(**overrides):
-        argv = ["--data-dir", "data", "--output-dir", "out", *TINY]
-        cfg, _ = train_pvs.parse_command_line(argv)
-        return train_pvs.replace(cfg, **overrides)
-
-    return make
+    cfg, _ = train_pvs.parse_command_line(["--data-dir", "data", "--output-dir", "out", *TINY])
+    return functools.partial(train_pvs.replace, cfg)

@@ -396,7 +396,7 @@ def test_run_that_stopped_early_goes_no_further_without_first_weights(copied, ag
     flags = (*still, "--epochs", 9, "--early-stopping", 2, "--init-from", tmp_path / "first.pth")
     assert "Stopped early: no better validation Dice in 2 validations" in done(again(*flags))
     before = outcome(tmp_path / "out")
-    assert [row["epoch"] for row in before[0]] == [1, 2, 3]
+    assert [row["epoch"] for row in before["history"]] == [1, 2, 3]
     (tmp_path / "first.pth").unlink()
     assert "Stopped early" in done(again(*flags, "--resume"))
     assert outcome(tmp_path / "out") == before

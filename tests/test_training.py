@@ -284,9 +284,8 @@ def test_average_of_the_weights_is_what_is_validated_and_kept(fit):
 
 
 def test_validation_loss_that_is_not_finite_ends_the_run_without_new_weights(fit, tmp_path):
-    with pytest.raises(
-        FloatingPointError, match="validation loss became nan in epoch 2 with sub-1"
-    ):
+    told = "validation loss became nan in epoch 2 with sub-1"
+    with pytest.raises(FloatingPointError, match=told):
         fit(Scripted((5, -1)), EPOCHS=3)
     content = train_pvs.read_checkpoint(tmp_path / "out" / "checkpoints" / "best_model.pth")
     assert content["history_row"]["epoch"] == 1
