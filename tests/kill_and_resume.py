@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from conftest import TINY, make_subjects
+from conftest import TINY, make_subjects, scores
 from running import train_pvs
 
 FLAGS = ("--epochs", 4, "--val-every", 2, "--lr", 5e-3, "--test-fraction", 0.5, "--no-amp")
@@ -36,22 +36,30 @@ def digest(content):
     return [digest(value) for value in content] if isinstance(content, list) else content
 
 
+def comparable(out):
+    """Return a run's test scores without what tells when, where and with which file."""
+    content = scores(out)
+    del content["date"], content["checkpoint"]["file"]
+    for name in ("DATA_DIR", "OUTPUT_DIR"):
+        del content["config"][name]
+    return content
+
+
 def outcome(out):
     """Return what a run comes to, by name, but for seconds, dates and the folder."""
     logs = out / "logs"
     history = json.loads((logs / "training_history.json").read_text())
-    metrics = json.loads((logs / "comprehensive_test_metrics.json").read_text())
     last, best = (
         torch.load(out / "checkpoints" / f"{name}.pth", weights_only=True)
         for name in ("last", "best_model")
     )
     for row in [*history, *last["progress"]["history"], last["history_row"], best["history_row"]]:
         row.pop("seconds", None)
+    metrics = comparable(out)
     for content in (metrics, last, best):
         content.pop("date", None)
         for name in ("DATA_DIR", "OUTPUT_DIR", "CACHE_DIR", "NUM_WORKERS", "EPOCHS"):
-            del content["config"][name]
-    del metrics["checkpoint"]["file"]
+            content["config"].pop(name, None)
     found = {"history": history, "metrics": metrics, "last": digest(last), "best": digest(best)}
     files = [logs / "test_metrics.csv", *sorted((out / "predictions").rglob("*.nii.gz"))]
     return found | {path.name: path.read_bytes() for path in files}

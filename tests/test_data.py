@@ -353,12 +353,9 @@ def test_volume_is_the_same_however_it_is_stored(data, tmp_path, tiny_config):
 def test_drawn_split_loses_no_scan_and_keeps_those_of_a_subject_together(tmp_path, tiny_config):
     for number in range(8):
         subject, session = f"sub-00{number // 2}", f"ses-{number % 2}"
-        name, masks = f"{subject}_{session}", f"derivatives/mask/{subject}/{session}"
-        for path in (
-            f"{subject}/{session}/anat/{name}_T2w.nii.gz",
-            f"{masks}/{name}_desc-mask_PVS.nii.gz",
-        ):
-            train_pvs.write_file(tmp_path / path, "")
+        name, masks = f"{subject}_{session}", tmp_path / "derivatives" / "mask"
+        train_pvs.write_file(tmp_path / subject / session / "anat" / f"{name}_T2w.nii.gz", "")
+        train_pvs.write_file(masks / subject / session / f"{name}_desc-mask_PVS.nii.gz", "")
     cfg, drawn = tiny_config(DATA_DIR=str(tmp_path)), []
     cases = train_pvs.find_cases(cfg)
     assert [c.name for c in cases] == [f"sub-00{n // 2}_ses-{n % 2}" for n in range(8)]
@@ -374,10 +371,9 @@ def test_drawn_split_loses_no_scan_and_keeps_those_of_a_subject_together(tmp_pat
 def test_odd_but_usable_data_give_a_warning_on_screen_and_in_the_log(data, run, tmp_path):
     make_subject(data, "sub-005", seed=5)
     mask(data, 4).unlink()
-    for path in (scan(data, 1), mask(data, 1)):
-        resave(path, affine=TWO)
-    for path in (scan(data, 2), mask(data, 2)):  # more air than the margin around the head
-        resave(path, lambda a: np.pad(a, 8))
+    for at in (scan, mask):
+        resave(at(data, 1), affine=TWO)
+        resave(at(data, 2), lambda a: np.pad(a, 8))  # more air than the margin around the head
     resave(mask(data, 2), lambda a: put(a, [0, 1, 2], 1))
     resave(mask(data, 3), lambda a: 0 * a + 1)
     log = tmp_path / "out" / "logs" / "check.log"
@@ -422,10 +418,9 @@ def test_200_subjects_give_the_published_split():
     cases = [train_pvs.Case(name, name, f"{name}.nii") for name in reversed(names)]
     split = train_pvs.split_cases(cases, train_pvs.Config())
     split = {part: sorted(case.subject for case in cases) for part, cases in split.items()}
-    test = "051 128 038 150 020 105 180 054 163 159"
-    val = "189 185 111 109 174 139 062 081 146 004"
-    assert split["test"] == sorted(f"sub-{number}" for number in test.split())
-    assert split["val"] == sorted(f"sub-{number}" for number in val.split())
+    test = "020 038 051 054 105 128 150 159 163 180"
+    val = "004 062 081 109 111 139 146 174 185 189"
+    assert [split["test"], split["val"]] == [[f"sub-{n}" for n in p.split()] for p in (test, val)]
     assert split["train"] == sorted(set(names) - set(split["test"]) - set(split["val"]))
 
 

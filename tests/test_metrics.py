@@ -148,19 +148,15 @@ def test_surfaces_agree_with_deepminds_package_and_with_all_pairs_of_surface_vox
         assert row["hd95_mm"] == pytest.approx(hd95, rel=1e-5)
 
 
-def make_boxes(axis, step):
-    """Return a box of 4 x 4 x 4 voxels, and the same moved along an axis."""
-    label = np.zeros((12, 12, 12), bool)
-    label[4:8, 4:8, 4:8] = True
-    return np.roll(label, step, axis), label
-
-
 def test_a_shift_of_one_voxel_is_within_the_tolerance_of_one_voxel():
     # Of the 56 surface voxels 16 in the face left behind and 4 in the middle of the face ahead lie
     # one voxel beside the other surface, the others on it: more than 5 %. The last side is 1 mm as
     # a rotated affine in float32 may give it: a little more than 1.
+    label = np.zeros((12, 12, 12), bool)
+    label[4:8, 4:8, 4:8] = True
     for axis, side in product(range(3), (0.3, 0.7, 0.8, np.float32(0.8), 1.0, 1.0000002)):
-        row = train_pvs.calculate_boundary_metrics(*make_boxes(axis, 1), np.full(3, side, float))
+        moved, sides = np.roll(label, 1, axis), np.full(3, side, float)
+        row = train_pvs.calculate_boundary_metrics(moved, label, sides)
         assert row.pop("hd95_mm") == pytest.approx(side)
         assert row == {"nsd_voxel": 1, "nsd_1mm": 1, "one_mask_empty": False}
 

@@ -8,10 +8,10 @@ import socket
 import time
 
 import pytest
-from kill_and_resume import outcome
+from kill_and_resume import comparable, outcome
 
 import train_pvs
-from conftest import LEARNING, MACHINE, TINY, make_subjects, scores
+from conftest import LEARNING, MACHINE, TINY, make_subjects
 from running import call
 
 SETTINGS = (*LEARNING, "--test-fraction", 0.4, "--val-fraction", 0.4)
@@ -61,26 +61,20 @@ def wait_for_epochs(out, count):
     pytest.fail(f"no {count} epochs in two minutes")
 
 
-def dated(out):
-    content = scores(out)
-    del content["date"]
-    return content
-
-
 def test_two_processes_score_as_one_does(begin, heads, no_figures, tmp_path):
     out = tmp_path / "out"
     processes, screens = begin(*SETTINGS, "--epochs", 6, "--ema-decay", 0.3)
     assert end(processes) == [0, 0]
     assert screens[1].read_text() == ""  # one writes, one shows progress
     assert "Traceback" not in screens[0].read_text()
-    two = dated(out)
+    two = comparable(out)
     assert len(two["subjects"]) == 3
     assert two["dice_mean"] > 0.1
     assert call("--evaluate", "--output-dir", out, *MACHINE)[0] == 0
-    assert dated(out) == two
+    assert comparable(out) == two
     processes, _ = begin("--evaluate", *MACHINE)
     assert end(processes) == [0, 0]
-    assert dated(out) == two
+    assert comparable(out) == two
     # The validation of the best epoch, by one process on the weights that were saved.
     content = train_pvs.read_checkpoint(out / "checkpoints" / "best_model.pth")
     cfg = train_pvs.Config(**content["config"])
