@@ -112,6 +112,24 @@ def split_flags(folder, **numbers):
     return ["--split", str(folder / "split.json")]
 
 
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("code was run",)
+
+
+def prepared_case(path, image, label):
+    """Write a volume as caching leaves it, and return its case."""
+    label = torch.as_tensor(label, dtype=torch.uint8)
+    entry = {"image": torch.as_tensor(image).half()[None], "label": label[None]}
+    for kind, there in {"foreground": label > 0, "background": label == 0}.items():
+        entry[kind] = there.flatten().nonzero().flatten().int()
+    torch.save(entry, path)
+    facts = {"cache": str(path), "working_voxels": int(label.sum())}
+    return train_pvs.Case("sub-1", "sub-1", "scan.nii", **facts)
+
+
 @pytest.fixture(scope="session")
 def nursery():
     """Where runs are forked from: a process that has imported the script and computed nothing."""
@@ -144,19 +162,14 @@ def launch(nursery):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A run over six subjects that has learned something; nothing may change its folders.
-
-    Has data, out, best (checkpoint), split, scores and screen (stdout).
-    """
+    """A run over six subjects that has learned something; nothing may change its folders."""
     folder = tmp_path_factory.mktemp("finished")
     data, out = make_subjects(folder / "data", 6), folder / "out"
     description = data / "dataset_description.json"
     description.write_text('{"Name": "Simulated heads of a test", "BIDSVersion": "1.9.0"}')
     parts = ("--test-fraction", 0.3, "--val-fraction", 0.25)  # 3 train, 1 val, 2 test
     screen = done(call("--data-dir", data, "--output-dir", out, *LEARNING, *parts))
-    run = about(data, out)
-    run.screen = screen
-    return run
+    return SimpleNamespace(**vars(about(data, out)), screen=screen)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_pvs
-from conftest import TINY, image_path, make_subjects, scores, split_flags
+from conftest import TINY, Malicious, image_path, make_subjects, scores, split_flags
 from running import call, done, refused, trained
 
 
@@ -63,13 +63,6 @@ def test_checkpoints_tell_their_origin(source):
         assert content["history_row"] == history[0]
         parts = {"train": ["sub-001", "sub-002"], "val": ["sub-003"], "test": ["sub-004"]}
         assert {part: [*cases] for part, cases in content["sha256"].items()} == parts
-
-
-class Malicious:
-    """Makes a folder when it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ("code was run",)
 
 
 def other_bytes(change):

@@ -211,6 +211,9 @@ def tested(tmp_path_factory):
 def test_rows_of_a_whole_test_are_those_worked_out_by_hand(tested):
     rows = tested[0]["subjects"]
     assert [row["name"] for row in rows] == list(LABELS)
+    for line, row in zip(tested[1], rows, strict=True):  # the table's and the file's
+        cells = ["" if value is None else str(value) for value in row.values()]
+        assert list(line.items()) == list(zip(row, cells, strict=True))
     expected = {
         "dice": 2 * INSIDE / (INSIDE + 4096),
         "native_dice": 2 * INSIDE / (VOXELS + 4096),
@@ -256,8 +259,7 @@ def test_blocks_of_the_file_summarise_its_rows(tested):
         values = [row[name] for row in rows]
         told = content[f"{name}_mean"], content[f"{name}_std"]
         assert told == pytest.approx((np.mean(values), np.std(values)))
-    working = "working grid, RAS, 1 x 1 x 1 mm"
-    assert (content["grid"], content["working"]["grid"]) == (working, working)
+    assert content["grid"] == content["working"]["grid"] == "working grid, RAS, 1 x 1 x 1 mm"
     assert content["native"]["grid"] == "native grid of each scan"
     lesions = content["lesions"]
     assert (lesions["count_label"], lesions["count_pred"], lesions["connectivity"]) == (5, 4, 26)
@@ -269,12 +271,6 @@ def test_blocks_of_the_file_summarise_its_rows(tested):
         agreement = train_pvs.agreement(*pair)
         assert agreement["bias"] == pytest.approx(content["burden"][name]["error"]["mean"])
         assert agreement.items() <= content["burden"][name].items()
-
-
-def test_table_has_the_rows_of_the_file_and_empty_cells_where_undefined(tested):
-    for line, row in zip(tested[1], tested[0]["subjects"], strict=True):
-        cells = ["" if value is None else str(value) for value in row.values()]
-        assert list(line.items()) == list(zip(row, cells, strict=True))
 
 
 def test_printed_table_has_all_cases_and_their_summary_in_each_column(tested):

@@ -23,7 +23,6 @@ from running import call, done, refused, trained
 SCRIPT = Path(train_pvs.__file__)
 DOCUMENTS = [SCRIPT.with_name("README.md"), *sorted(SCRIPT.with_name("docs").glob("*.md"))]
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
-LOGS = (".lock", "train.log", "check.log")
 
 
 def test_run_writes_its_files_and_no_others(finished):
@@ -205,15 +204,6 @@ def test_run_that_learns_nothing_ends_with_status_1_and_says_what_to_try(copied,
         assert flag in err
 
 
-def test_main_works_in_a_thread(data, run, tmp_path, no_figures):
-    found = []
-    work = threading.Thread(target=lambda: found.append(run()))
-    work.start()
-    work.join()
-    trained(found[0])
-    assert scores(tmp_path / "out")["n"] == 1
-
-
 def test_edited_script_runs_as_users_start_it(data, tmp_path):
     values = {
         **{"DATA_DIR": f"Path({str(data)!r})", "OUTPUT_DIR": '"out"', "CACHE_DIR": "None"},
@@ -236,10 +226,14 @@ def test_edited_script_runs_as_users_start_it(data, tmp_path):
     assert (config["PIX_DIM"], config["ENCODER_DEPTH"], config["CACHE_DIR"]) == ([1, 1, 1], 3, "")
 
 
-def test_demo_makes_its_data_and_says_that_they_are_simulated(no_figures, monkeypatch, tmp_path):
+def test_demo_makes_its_data_and_tells_it_also_in_a_thread(no_figures, monkeypatch, tmp_path):
     monkeypatch.setattr(train_pvs, "DEMO_SUBJECTS", 3)
     flags = ["--demo", "--output-dir", str(tmp_path), *TINY, *"--pix-dim 4 4 4".split()]
-    assert "Test scores of 1 scans, Simulated heads" in trained(call(*flags))
+    found = []
+    work = threading.Thread(target=lambda: found.append(call(*flags)))
+    work.start()
+    work.join()
+    assert "Test scores of 1 scans, Simulated heads" in trained(found[0])
     assert scores(tmp_path)["data_set"].startswith("Simulated heads")
     cases = train_pvs.find_cases(train_pvs.parse_command_line(flags)[0])
     assert [case.subject for case in cases] == ["sub-001", "sub-002", "sub-003"]

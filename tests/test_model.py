@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import urllib.error
 
 import pytest
@@ -11,6 +10,7 @@ from efficientnet_pytorch import EfficientNet
 from torch import nn
 
 import train_pvs
+from conftest import Malicious, prepared_case
 from running import refused
 
 
@@ -80,13 +80,6 @@ def test_2d_weights_are_spread_over_the_third_axis(flat, tiny_config, tmp_path, 
         path.unlink()
 
 
-class Intruder:
-    """Makes a folder when a trusting reader unpickles it."""
-
-    def __reduce__(self):
-        return os.mkdir, ("intruder",)
-
-
 def test_unfit_weights_are_told_by_name_and_run_no_code(flat, data, run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     path, whole = tmp_path / "weights.pth", io.BytesIO()
@@ -94,13 +87,13 @@ def test_unfit_weights_are_told_by_name_and_run_no_code(flat, data, run, monkeyp
     for content in (
         EfficientNet.from_name("efficientnet-b1").state_dict(),
         flat | {"_conv_stem.weight": torch.zeros(32)},  # of one axis
-        {"_conv_stem.weight": Intruder()},
+        {"_conv_stem.weight": Malicious()},
         *(whole.getvalue()[:-1000], b"Not Found\n", b""),
     ):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         told = f"Error: {path}: expected the state dict of a 2D EfficientNet"
         refused(run("--encoder-weights", path), told, "--encoder-weights none")
-    assert not (tmp_path / "intruder").exists()
+    assert not (tmp_path / "code was run").exists()
 
 
 def test_failed_download_says_both_ways_out(data, run, monkeypatch, tmp_path, imagenet_home):
@@ -118,13 +111,8 @@ def test_failed_download_says_both_ways_out(data, run, monkeypatch, tmp_path, im
 
 def masks(tmp_path, *sizes):
     """Return cases with prepared masks of these (labelled, voxels)."""
-    cases = []
-    for labelled, voxels in sizes:
-        path = tmp_path / f"{voxels}.pt"
-        torch.save({"label": torch.zeros(1, voxels, 1, 1, dtype=torch.uint8)}, path)
-        facts = {"cache": str(path), "working_voxels": labelled}
-        cases.append(train_pvs.Case("sub-1", "sub-1", "scan.nii", **facts))
-    return cases
+    labels = {n: torch.arange(n).view(-1, 1, 1) < labelled for labelled, n in sizes}
+    return [prepared_case(tmp_path / f"{n}.pt", label, label) for n, label in labels.items()]
 
 
 def test_bias_of_the_output_layer_starts_at_the_labelled_fraction(tiny_config, tmp_path):

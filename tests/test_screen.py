@@ -22,10 +22,7 @@ COLUMNS, ROWS = 110, 400
 
 @pytest.fixture
 def show(launch):
-    """Run on a terminal of 110 columns; returns what was written, exit status, rows at the end.
-
-    It is interrupted when the file `stop` is there.
-    """
+    """Run on a terminal till `stop` is there; return what was written, exit status, last rows."""
 
     def start(*argv, stop=None):
         master, slave = pty.openpty()

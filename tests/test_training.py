@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import train_pvs
-from conftest import image_path, label_path, save_nifti
+from conftest import image_path, label_path, prepared_case, save_nifti
 
 CPU = torch.device("cpu")
 BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -106,11 +106,7 @@ def test_average_follows_weights_and_batchnorm_after_every_step(tiny_config):
 
 
 def gradient_errors(cfg, batch):
-    """Return {layer: relative error of its weights' gradient in a training step}.
-
-    Each is compared with the float32 gradient of the layer alone, from the input and the gradient
-    of the output that the layer had in the step.
-    """
+    """Return {layer: relative error of its weights' gradient} to float32, for equal input."""
     model, found, errors = train_pvs.build_model(cfg), {}, {}
     kinds, hooks = nn.Conv3d | nn.ConvTranspose3d, []
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
@@ -201,10 +197,7 @@ def test_small_network_learns_a_single_volume(tmp_path, tiny_config):
 
 
 class Scripted(nn.Module):
-    """A model whose n-th validation finds the n-th number of 64 labelled voxels, all others not.
-
-    `sizes`: of the logits, by which missed voxels cost more. In training it is a factor.
-    """
+    """Its n-th validation finds the n-th number of 64 labelled voxels, with logits of a size."""
 
     def __init__(self, found, sizes=()):
         super().__init__()
@@ -227,14 +220,9 @@ def fit(tiny_config, tmp_path):
     """Fit a scripted model to a volume of one window; return the history and the Run."""
 
     def fit(model, **settings):
-        label = torch.zeros(1, 16, 16, 16, dtype=torch.uint8)
-        label[0, 4, 4:12, 4:12] = 1
-        entry = {"image": torch.rand(label.shape).half(), "label": label}
-        entry |= {"foreground": label.flatten().nonzero().flatten().int()}
-        entry |= {"background": (label.flatten() == 0).nonzero().flatten().int()}
-        torch.save(entry, tmp_path / "entry.pt")
-        cache = {"cache": str(tmp_path / "entry.pt"), "working_voxels": 64}
-        case = train_pvs.Case("sub-1", "sub-1", "scan.nii", **cache)
+        label = torch.zeros(16, 16, 16)
+        label[4, 4:12, 4:12] = 1
+        case = prepared_case(tmp_path / "entry.pt", torch.rand(label.shape), label)
         run, cfg = train_pvs.Run(tmp_path / "out"), tiny_config(AMP=False, **settings)
         with train_pvs.logging_to_screen():
             train_pvs.fit(run, model, cfg, {"train": [case], "val": [case]})
