@@ -1,13 +1,13 @@
 """Small data sets and settings that make the whole pipeline run in seconds."""
 
-import contextlib
+import functools
 import importlib.util
-import io
 import json
-import logging
 import multiprocessing.forkserver
+import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import train_pvs
+from running import call, done, draw_nothing, live, members, train_pvs
 
 torch.set_num_threads(1)  # in all processes of the tests: sums depend on the number of threads
 
@@ -29,7 +28,7 @@ TINY = (
     "--num-workers 0 --device cpu --head-bias-log-odds --batchnorm-momentum 0.1"
 ).split()
 # BatchNorm that keeps up with the last batch and a fast start: four epochs find some of the PVS.
-LEARNING = "--epochs 4 --lr 3e-3 --batchnorm-momentum 0.9 --no-amp".split()
+LEARNING = [*TINY, *"--epochs 4 --lr 3e-3 --batchnorm-momentum 0.9 --no-amp".split()]
 MACHINE = "--device cpu --num-workers 0".split()  # of commands that take the rest from weights
 
 
@@ -62,12 +61,11 @@ def make_subject(folder, subject, shape=(24, 28, 20), seed=0):
     save_nifti(label_path(folder, subject), label)
 
 
-def call(*argv):
-    """Call main; return (status, stdout, stderr)."""
-    screen, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(errors):
-        status = train_pvs.main([str(word) for word in argv])
-    return status, screen.getvalue(), errors.getvalue()
+def make_subjects(folder, count):
+    """Write sub-001, sub-002, .., each with its number as seed, and return the folder."""
+    for number in range(1, count + 1):
+        make_subject(folder, f"sub-{number:03d}", seed=number)
+    return folder
 
 
 def snapshot(folder, without=()):
@@ -114,15 +112,22 @@ def split_flags(folder, **numbers):
     return ["--split", str(folder / "split.json")]
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport():
-    """Let what was printed be of letters that xdist can send: file names may hold others."""
-    report = yield
-    report.sections = [
-        (title, text.encode("utf-8", "backslashreplace").decode())
-        for title, text in report.sections
-    ]
-    return report
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("code was run",)
+
+
+def prepared_case(path, image, label):
+    """Write a volume as caching leaves it, and return its case."""
+    label = torch.as_tensor(label, dtype=torch.uint8)
+    entry = {"image": torch.as_tensor(image).half()[None], "label": label[None]}
+    for kind, there in {"foreground": label > 0, "background": label == 0}.items():
+        entry[kind] = there.flatten().nonzero().flatten().int()
+    torch.save(entry, path)
+    facts = {"cache": str(path), "working_voxels": int(label.sum())}
+    return train_pvs.Case("sub-1", "sub-1", "scan.nii", **facts)
 
 
 @pytest.fixture(scope="session")
@@ -136,24 +141,35 @@ def nursery():
     return context
 
 
+@pytest.fixture
+def launch(nursery):
+    """Start main in a process of its own; what is left of it in the end is killed."""
+    begun = []
+
+    def start(argv, screens, function=train_pvs.main, environment=None, hook=None):
+        args = function, [*map(str, argv)], screens, environment or {}, hook
+        begun.append(nursery.Process(target=live, args=args))
+        begun[-1].start()
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
+        for member in members(process.pid):
+            os.kill(member, signal.SIGKILL)
+        process.join()
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A run over six subjects that has learned something; nothing may change its folders.
-
-    Has data, out, best (checkpoint), split, scores; status, screen and errors of the call.
-    """
+    """A run over six subjects that has learned something; nothing may change its folders."""
     folder = tmp_path_factory.mktemp("finished")
-    for number in range(1, 7):
-        make_subject(folder / "data", f"sub-{number:03d}", seed=number)
-    description = folder / "data" / "dataset_description.json"
+    data, out = make_subjects(folder / "data", 6), folder / "out"
+    description = data / "dataset_description.json"
     description.write_text('{"Name": "Simulated heads of a test", "BIDSVersion": "1.9.0"}')
     parts = ("--test-fraction", 0.3, "--val-fraction", 0.25)  # 3 train, 1 val, 2 test
-    places = ("--data-dir", folder / "data", "--output-dir", folder / "out")
-    status, screen, errors = call(*places, *TINY, *LEARNING, *parts)
-    assert status == 0, errors
-    run = about(folder / "data", folder / "out")
-    run.status, run.screen, run.errors = status, screen, errors
-    return run
+    screen = done(call("--data-dir", data, "--output-dir", out, *LEARNING, *parts))
+    return SimpleNamespace(**vars(about(data, out)), screen=screen)
 
 
 @pytest.fixture
@@ -166,49 +182,25 @@ def copied(finished, tmp_path):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Leave out the drawing of figures, which takes most of so short a run."""
-    monkeypatch.setattr(train_pvs.plt.Figure, "savefig", lambda self, file, **_: file.write(b"-"))
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture
 def data(tmp_path):
     """A BIDS folder with four subjects of 24 x 28 x 20 voxels of 1 mm."""
-    for number in range(1, 5):
-        make_subject(tmp_path / "data", f"sub-{number:03d}", seed=number)
-    return tmp_path / "data"
+    return make_subjects(tmp_path / "data", 4)
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
+def run(tmp_path):
     """Call main with the tiny settings; returns (status, stdout, stderr)."""
-
-    def call(*flags, data=tmp_path / "data", out=tmp_path / "out"):
-        argv = ["--data-dir", str(data), "--output-dir", str(out), *TINY, *map(str, flags)]
-        status = train_pvs.main(argv)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
-def messages(caplog, monkeypatch):
-    """The script's log records, each once, although they do not propagate."""
-    log = logging.getLogger("train_pvs")
-    monkeypatch.setattr(log, "propagate", False)
-    log.addHandler(caplog.handler)
-    log.setLevel(logging.INFO)
-    yield caplog
-    log.removeHandler(caplog.handler)
+    return lambda *flags, data=tmp_path / "data", out=tmp_path / "out": call(
+        "--data-dir", data, "--output-dir", out, *TINY, *flags
+    )
 
 
 @pytest.fixture
 def tiny_config():
     """Return a function that gives the tiny Config with overrides."""
-
-    def make(**overrides):
-        argv = ["--data-dir", "data", "--output-dir", "out", *TINY]
-        cfg, _ = train_pvs.parse_command_line(argv)
-        return train_pvs.replace(cfg, **overrides)
-
-    return make
+    cfg, _ = train_pvs.parse_command_line(["--data-dir", "data", "--output-dir", "out", *TINY])
+    return functools.partial(train_pvs.replace, cfg)

@@ -8,6 +8,7 @@ is killed (SIGKILL) after a random time, or as a file that it writes is flushed 
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from conftest import TINY, make_subject, train_pvs
+from conftest import TINY, make_subjects, scores
+from running import train_pvs
 
 FLAGS = ("--epochs", 4, "--val-every", 2, "--lr", 5e-3, "--test-fraction", 0.5, "--no-amp")
 
@@ -34,28 +36,33 @@ def digest(content):
     return [digest(value) for value in content] if isinstance(content, list) else content
 
 
-OUTCOME = ("history", "metrics", "table", "last.pth", "best_model.pth", "masks")
+def comparable(out):
+    """Return a run's test scores without what tells when, where and with which file."""
+    content = scores(out)
+    del content["date"], content["checkpoint"]["file"]
+    for name in ("DATA_DIR", "OUTPUT_DIR"):
+        del content["config"][name]
+    return content
 
 
 def outcome(out):
-    """Return what a run comes to, but for seconds, dates and the folder."""
+    """Return what a run comes to, by name, but for seconds, dates and the folder."""
     logs = out / "logs"
     history = json.loads((logs / "training_history.json").read_text())
-    metrics = json.loads((logs / "comprehensive_test_metrics.json").read_text())
     last, best = (
         torch.load(out / "checkpoints" / f"{name}.pth", weights_only=True)
         for name in ("last", "best_model")
     )
     for row in [*history, *last["progress"]["history"], last["history_row"], best["history_row"]]:
         row.pop("seconds", None)
+    metrics = comparable(out)
     for content in (metrics, last, best):
         content.pop("date", None)
         for name in ("DATA_DIR", "OUTPUT_DIR", "CACHE_DIR", "NUM_WORKERS", "EPOCHS"):
-            del content["config"][name]
-    del metrics["checkpoint"]["file"]
-    masks = sorted((out / "predictions").rglob("*.nii.gz"))
-    table = (logs / "test_metrics.csv").read_text()
-    return [history, metrics, table, digest(last), digest(best), [m.read_bytes() for m in masks]]
+            content["config"].pop(name, None)
+    found = {"history": history, "metrics": metrics, "last": digest(last), "best": digest(best)}
+    files = [logs / "test_metrics.csv", *sorted((out / "predictions").rglob("*.nii.gz"))]
+    return found | {path.name: path.read_bytes() for path in files}
 
 
 def start(argv, log_path, kill_at=0):
@@ -66,13 +73,11 @@ def start(argv, log_path, kill_at=0):
     screen = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(screen, 1)
     os.dup2(screen, 2)
-    moments = 0
+    moments = itertools.count(1)
 
     def deadly(function):
         def call(*args):
-            nonlocal moments
-            moments += 1
-            if moments == kill_at:
+            if next(moments) == kill_at:
                 os.write(1, f"\nkilled in {function.__name__} {args}\n".encode())
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args)
@@ -92,7 +97,7 @@ def start(argv, log_path, kill_at=0):
 def run_to_the_end(argv, out, rng, duration, kills):
     """Run and resume until the run ends, killed at random up to `kills` times; count how."""
     survived = Counter()
-    for attempt in range(10**6):
+    while True:
         begun = (out / "checkpoints" / "last.pth").exists()
         left = kills - survived.total()
         in_write = rng.random() < 0.5
@@ -108,8 +113,7 @@ def run_to_the_end(argv, out, rng, duration, kills):
         elif os.WEXITSTATUS(status) in (0, 1):
             return survived
         else:
-            sys.exit(f"attempt {attempt} ended with {os.WEXITSTATUS(status)}, see {out}.log")
-    return survived
+            sys.exit(f"a run ended with {os.WEXITSTATUS(status)}, see {out}.log")
 
 
 def main(argv=None):
@@ -121,9 +125,7 @@ def main(argv=None):
     rng, survived, runs = random.Random(options.seed), Counter(), 0
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        for number in range(1, 5):
-            make_subject(folder / "data", f"sub-{number:03d}", seed=number)
-        flags = ["--data-dir", str(folder / "data"), *TINY, *map(str, FLAGS)]
+        flags = ["--data-dir", str(make_subjects(folder / "data", 4)), *TINY, *map(str, FLAGS)]
         begin = time.perf_counter()
         run_to_the_end([*flags, "--output-dir", str(folder / "0")], folder / "0", rng, 0, 0)
         duration, expected = time.perf_counter() - begin, outcome(folder / "0")
@@ -132,8 +134,8 @@ def main(argv=None):
             out = folder / str(runs)
             left = min(options.kills - survived.total(), 10)
             survived += run_to_the_end([*flags, "--output-dir", str(out)], out, rng, duration, left)
-            pairs = zip(OUTCOME, outcome(out), expected, strict=True)
-            wrong = [name for name, got, whole in pairs if got != whole]
+            found = outcome(out)
+            wrong = [name for name in {*found, *expected} if found.get(name) != expected.get(name)]
             if wrong:
                 sys.exit(f"run {runs} has another {wrong} than the one that was never killed")
     print(f"{survived.total()} kills survived in {runs} runs: {dict(survived)}")

@@ -111,20 +111,6 @@ def test_one_line_says_what_to_install_for_nnunet(monkeypatch, capsys):
     assert "pip install nnunetv2" in accuracy.NO_NNUNET
 
 
-def test_nnunets_plan_is_cut_to_its_first_stages():
-    sizes = {"features_per_stage": [32, 64, 128, 256, 320, 320], "n_conv_per_stage": 6 * [2]}
-    sizes |= {"n_conv_per_stage_decoder": 5 * [2], "conv_bias": True}
-    plan = {"architecture": {"arch_kwargs": sizes}, "median_image_size_in_voxels": 3 * [77]}
-    strides, kernels = [[1] * 3] + 3 * [[2] * 3], 4 * [[3] * 3]
-    cut = nnunet.cut_plan(plan, strides, kernels, channels=16)
-    told = {"patch": [48, 48, 48], "batch": 2, "stages": 4, "features": [16, 32, 64, 128]}
-    # A quarter of 77^3 = 456533 is 114133; a patch has fewer voxels, 110592
-    assert nnunet.describe_plan(cut) == told | {"batch_dice": True}
-    kept = {"strides": strides, "kernel_sizes": kernels, "conv_bias": True}
-    kept |= {"n_conv_per_stage": 4 * [2], "n_conv_per_stage_decoder": 3 * [2]}
-    assert kept.items() <= cut["architecture"]["arch_kwargs"].items()
-
-
 def test_nnunet_learns_from_no_test_head_and_is_scored_on_the_scans_grid(accuracies, tmp_path):
     data = accuracies[1] / "data"
     cases = train_pvs.find_cases(train_pvs.Config(DATA_DIR=str(data)))

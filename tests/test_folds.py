@@ -12,19 +12,10 @@ import pytest
 import torch
 
 import train_pvs
-from conftest import (
-    LEARNING,
-    MACHINE,
-    TINY,
-    call,
-    image_path,
-    label_path,
-    make_subject,
-    save_nifti,
-    scores,
-)
+from conftest import LEARNING, MACHINE, image_path, make_subject, make_subjects, save_nifti, scores
+from running import call, done, draw_nothing, refused, trained
 
-FLAGS = (*TINY, *LEARNING, "--folds", 3)
+FLAGS = (*LEARNING, "--folds", 3)
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -33,19 +24,15 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 def folds(tmp_path_factory):
     """Three folds over seven subjects: data, out, best (checkpoints), printed, tables."""
     folder = tmp_path_factory.mktemp("folds")
-    for number in range(1, 8):
-        make_subject(folder / "data", f"sub-{number:03d}", seed=number)
-    out, printed, tables = folder / "out", [], []
+    data, out, printed, tables = make_subjects(folder / "data", 7), folder / "out", [], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_pvs.plt.Figure, "savefig", lambda self, file, **_: file.write(b"-"))
+        draw_nothing(patch)
         for fold in (1, 2, 3):
-            places = ("--data-dir", folder / "data", "--output-dir", out)
-            status, screen, err = call(*places, *FLAGS, "--fold", fold)
-            assert status in (0, 1), err
-            printed.append(screen)
+            argv = ("--data-dir", data, "--output-dir", out, *FLAGS, "--fold", fold)
+            printed.append(trained(call(*argv)))
             tables.append(json.loads((out / "cross_validation.json").read_text()))
     best = [out / f"fold-{fold}" / "checkpoints" / "best_model.pth" for fold in (1, 2, 3)]
-    return SimpleNamespace(data=folder / "data", out=out, best=best, printed=printed, tables=tables)
+    return SimpleNamespace(data=data, out=out, best=best, printed=printed, tables=tables)
 
 
 def test_folds_test_every_subject_once_with_all_its_scans(tiny_config):
@@ -64,13 +51,12 @@ def test_folds_test_every_subject_once_with_all_its_scans(tiny_config):
 
 
 def test_every_finished_fold_adds_its_subjects_to_one_table(folds):
-    found = {path.name for path in folds.out.iterdir()}
-    assert found == {
-        *("fold-1", "fold-2", "fold-3", "cache", "cross_validation.json", "cross_validation.csv")
-    }
+    found = sorted(path.name for path in folds.out.iterdir())
+    tables = ["cross_validation.csv", "cross_validation.json"]
+    assert found == ["cache", *tables, "fold-1", "fold-2", "fold-3"]
     assert len(list((folds.out / "cache").iterdir())) == 7  # one a scan, for all folds
-    assert [table["finished"] for table in folds.tables] == [[1], [1, 2], [1, 2, 3]]
-    assert [table["n"] for table in folds.tables] == [3, 5, 7]
+    finished = [(table["finished"], table["n"]) for table in folds.tables]
+    assert finished == [([1], 3), ([1, 2], 5), ([1, 2, 3], 7)]
     last = folds.tables[-1]
     assert sorted(row["subject"] for row in last["subjects"]) == [f"sub-00{n}" for n in range(1, 8)]
     for row in last["subjects"]:
@@ -83,9 +69,7 @@ def test_every_finished_fold_adds_its_subjects_to_one_table(folds):
     with open(folds.out / "cross_validation.csv", newline="") as file:
         assert [float(row["native_dice"]) for row in csv.DictReader(file)] == dices
     table = folds.printed[-1].split("Cross-validation, 3 of 3 folds finished")[1]
-    assert f"{np.mean(dices):.4f}" in table
-    assert f"{low:.4f}" in table
-    assert f"{high:.4f}" in table
+    assert [n for n in (np.mean(dices), low, high) if f"{n:.4f}" not in table] == []
 
 
 def test_folds_of_other_settings_or_data_are_named_and_not_in_the_table(folds, tmp_path):
@@ -101,19 +85,16 @@ def test_folds_of_other_settings_or_data_are_named_and_not_in_the_table(folds, t
         changed = json.loads(json.dumps(content))
         (changed[block] if block else changed)[name] = value
         path.write_text(json.dumps(changed))
-        status, out, err = call("--evaluate", "--output-dir", tmp_path / "out/fold-1", *MACHINE)
-        assert (status, err) == (0, "")
+        out = done(call("--evaluate", "--output-dir", tmp_path / "out/fold-1", *MACHINE))
         table = json.loads((tmp_path / "out" / "cross_validation.json").read_text())
         assert table["finished"] == finished, name
         assert bool(re.search(f"Warning: .*{path}", out)) == (finished == [1, 3]), name
 
 
 def test_folds_share_a_working_grid_where_scans_differ(tmp_path, run):
-    for number in range(1, 7):
-        make_subject(tmp_path / "data", f"sub-{number:03d}", seed=number)
-        for place in (image_path, label_path):
-            path, side = place(tmp_path / "data", f"sub-{number:03d}"), 1 + 0.1 * number
-            save_nifti(path, np.asarray(nib.load(path).dataobj), np.diag([side, side, side, 1]))
+    for path in make_subjects(tmp_path / "data", 6).rglob("*.nii.gz"):
+        side = 1 + 0.1 * int(path.name[4:7])
+        save_nifti(path, np.asarray(nib.load(path).dataobj), np.diag([side, side, side, 1]))
     flags = ["--check", "--pix-dim", 0, 0, 0, "--folds", 3, "--val-fraction", 0.3]
     printed = [run(*flags, "--fold", fold)[1] for fold in (1, 2, 3)]
     grids = [line for out in printed for line in out.splitlines() if line.startswith("Grid ")]
@@ -133,8 +114,7 @@ def test_several_checkpoints_give_the_mean_of_their_probabilities(folds, tmp_pat
     for name, files in {"1": [one], "11": [one, one], "2": [two], "12": changed}.items():
         flags = ("--output-dir", tmp_path / name, *MACHINE, "--save-probabilities")
         scan = image_path(folds.data, "sub-001")
-        status, out, err = call("--predict", scan, "--checkpoint", *files, *flags)
-        assert (status, err) == (0, "")
+        out = done(call("--predict", scan, "--checkpoint", *files, *flags))
         assert out.count("Weights         epoch ") == len(files)
         probs[name], masks[name] = (
             np.asarray(nib.load(next((tmp_path / name).rglob(f"*_{kind}.nii.gz"))).dataobj)
@@ -154,23 +134,17 @@ def test_checkpoints_of_different_networks_are_told_by_what_differs(folds, tmp_p
     torch.save(content, other)
     flags = ["--output-dir", tmp_path / "out", *MACHINE]
     scan = image_path(folds.data, "sub-001")
-    status, _, err = call("--predict", scan, "--checkpoint", one, other, *flags)
-    assert status == 2
-    assert str(one) in err
-    assert str(other) in err
+    err = refused(call("--predict", scan, "--checkpoint", one, other, *flags), one, other)
     assert set(re.findall("[A-Z]+_[A-Z]+", err)) == {"DECODER_WIDTH", "PIX_DIM", "TTA_FLIPS"}
     assert not (tmp_path / "out").exists()
 
 
 def test_ensemble_is_tested_on_scans_that_none_of_its_parts_knows(folds, tmp_path):
     flags = ["--output-dir", tmp_path / "fold-1", *MACHINE, "--checkpoint", *folds.best]
-    status, _, err = call("--evaluate", "--data-dir", folds.data, *flags)
-    assert status == 2
-    assert "none is left" in err
+    refused(call("--evaluate", "--data-dir", folds.data, *flags), "none is left")
     for number in range(1, 3):
         make_subject(tmp_path / "other", f"sub-{number:03d}", seed=20 + number)
-    status, _, err = call("--evaluate", "--data-dir", tmp_path / "other", *flags)
-    assert (status, err) == (0, "")
+    done(call("--evaluate", "--data-dir", tmp_path / "other", *flags))
     content = scores(tmp_path / "fold-1")
     assert [row["file"] for row in content["checkpoint"]] == list(map(str, folds.best))
     assert content["n"] == 2

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -18,35 +17,11 @@ from kill_and_resume import FLAGS, outcome
 from kill_and_resume import main as kill_and_resume
 
 import train_pvs
-from conftest import MACHINE, TINY, call, image_path, label_path, make_subject, snapshot
+from conftest import MACHINE, TINY, image_path, label_path, make_subject, make_subjects, snapshot
+from running import call, done, draw_nothing, members, refused, trained
 
 GO_ON = {"--resume": "and --resume.", "--overwrite": "with --overwrite.", "": "command again."}
 FOR_EVER = ("--epochs", 999, "--num-workers", 2)
-
-
-def live(function, argv, folder, hook):
-    """Run as a process group, with stdout and stderr in files; `hook` is called before."""
-    os.setpgid(0, 0)
-    for number, name in {1: "stdout", 2: "stderr"}.items():
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    multiprocessing.set_start_method("fork", force=True)  # of the run's workers
-    train_pvs.plt.Figure.savefig = lambda self, file, **_: file.write(b"-")
-    if hook:
-        hook[0](*hook[1:])
-    sys.exit(function(argv))
-
-
-def members(group):
-    """Return the processes of a group, without those that have ended."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, its_group = path.read_text().rsplit(") ", 1)[1].split()[:3]
-        except OSError:  # it has ended meanwhile
-            continue
-        if int(its_group) == group and state not in "ZX":
-            found.append(int(path.parent.name))
-    return found
 
 
 def wait_until(true, told, seconds=60):
@@ -77,9 +52,6 @@ class Live:
 
         wait_until(found, lambda: f"{pattern} has not come; {self.stderr}")
 
-    def workers(self):
-        return set(members(self.pid)) - {self.pid}
-
     def end(self, status, start, way_on, seconds=20):
         """See that the run ends with a status and a message, which `start` begins, and no more."""
         self.process.join(seconds)
@@ -88,60 +60,29 @@ class Live:
         lines = [line for line in self.stderr.splitlines() if "%|" not in line]  # progress
         assert lines[0].startswith(start), self.stderr
         assert lines[-1].endswith(GO_ON[way_on]), self.stderr
-        assert len(lines) <= 4
-        assert "Traceback" not in self.stderr
+        assert (len(lines) <= 4, "Traceback" in self.stderr) == (True, False)
         wait_until(lambda: not members(self.pid), lambda: "processes are left", 10)
 
 
 @pytest.fixture
-def begin(nursery, tmp_path):
-    """Start a run in a process of its own; what is left of it in the end is killed."""
-    begun = []
+def begin(launch, tmp_path):
+    """Start a run in a process of its own."""
 
-    def start(*flags, data=None, hook=None, function=train_pvs.main):
-        folder = tmp_path / f"run-{len(begun)}"
+    def start(*flags, data=None, **settings):
+        folder = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
         folder.mkdir()
         if data:
-            places = ("--data-dir", data, "--output-dir", folder / "out")
-            flags = (*places, *TINY, *FLAGS, *flags)
-        process = nursery.Process(target=live, args=(function, [*map(str, flags)], folder, hook))
-        process.start()
-        begun.append(Live(process, folder, folder / "out"))
-        return begun[-1]
+            flags = ("--data-dir", data, "--output-dir", folder / "out", *TINY, *FLAGS, *flags)
+        process = launch(flags, [folder / "stdout", folder / "stderr"], **settings)
+        return Live(process, folder, folder / "out")
 
-    yield start
-    for run in begun:
-        for process in members(run.pid):
-            os.kill(process, signal.SIGKILL)
-        run.process.join()
+    return start
 
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory):
     """Four subjects, for all tests here."""
-    folder = tmp_path_factory.mktemp("heads") / "data"
-    for number in range(1, 5):
-        make_subject(folder, f"sub-{number:03d}", seed=number)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory):
-    """So many subjects that preparing them takes seconds."""
-    folder = tmp_path_factory.mktemp("many") / "data"
-    for number in range(1, 61):
-        make_subject(folder, f"sub-{number:03d}", seed=number)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(heads):
-    """The folder of a run that nothing disturbed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_pvs.plt.Figure, "savefig", lambda self, file, **_: file.write(b"-"))
-        places = ("--data-dir", heads, "--output-dir", heads.parent / "whole")
-        assert call(*places, *TINY, *FLAGS)[0] in (0, 1)
-    return heads.parent / "whole"
+    return make_subjects(tmp_path_factory.mktemp("heads") / "data", 4)
 
 
 @pytest.fixture
@@ -150,8 +91,8 @@ def again(run, heads, no_figures):
     return lambda *flags, **places: run(*FLAGS, *flags, **{"data": heads} | places)
 
 
-def test_signals_end_caching_and_training_with_all_workers_in_a_line(begin, many, heads):
-    runs = []
+def test_signals_end_caching_and_training_with_all_workers_in_a_line(begin, heads, tmp_path):
+    runs, many = [], make_subjects(tmp_path / "many", 60)  # preparing so many takes seconds
     for data, reached, advised, way_on in (
         (many, "cache/*.pt", "Nothing had begun", ""),
         (heads, "checkpoints/last.pth", "Go on with the same command", "--resume"),
@@ -231,19 +172,16 @@ def test_killed_worker_is_told_with_what_to_lower(begin, heads):
         assert f"{told}\nFirst lower --num-workers. To need less: --sw-batch-size 1" in run.stderr
 
 
-def test_folder_of_a_running_training_is_refused_and_free_as_soon_as_it_is_killed(
-    begin, again, heads
-):
+def test_folder_of_a_running_training_is_refused_until_it_is_killed(begin, again, heads):
     run = begin(*FOR_EVER, "--ema-decay", 0.7, data=heads)
     run.wait_for("checkpoints/last.pth")
     kept = snapshot(run.out / "logs", ["train.log", "training_history.json"])
     for command in ("--overwrite", "--resume", "--evaluate", "--check"):
         flags = ("--data-dir", heads, "--output-dir", run.out, *MACHINE)
-        status, _, err = call(command, *flags, *(TINY if command != "--evaluate" else ()))
-        assert status == 2
-        assert err.startswith(f"Error: {run.out}: another run is using this folder")
+        result = call(command, *flags, *(TINY if command != "--evaluate" else ()))
+        refused(result, f"Error: {run.out}: another run is using this folder")
     assert snapshot(run.out / "logs", ["train.log", "training_history.json"]) == kept
-    assert len(run.workers()) == 2  # which live for some seconds more
+    assert len(members(run.pid)) == 1 + 2  # workers, which live for some seconds more
     os.kill(run.pid, signal.SIGKILL)
     run.process.join(5)
     left = run.out / "predictions" / ".writing-1-mask.nii.gz"
@@ -252,12 +190,11 @@ def test_folder_of_a_running_training_is_refused_and_free_as_soon_as_it_is_kille
     # Some epochs more, without workers: the run that was never killed has them too.
     last = torch.load(run.out / "checkpoints" / "last.pth", weights_only=True)["history_row"]
     epochs = last["epoch"] // 2 * 2 + 2
-    status, out, err = again("--resume", "--epochs", epochs, "--ema-decay", 0.7, out=run.out)
-    assert status in (0, 1), err
+    flags, calm = ("--epochs", epochs, "--ema-decay", 0.7), run.folder / "calm"
+    out = trained(again("--resume", *flags, out=run.out))
     assert f"Resumed         after epoch {last['epoch']}" in out
     assert not left.exists()
-    calm = run.folder / "calm"
-    assert again("--epochs", epochs, "--ema-decay", 0.7, out=calm)[0] in (0, 1)
+    trained(again(*flags, out=calm))
     assert outcome(run.out) == outcome(calm)
 
 
@@ -303,9 +240,9 @@ def fill_disk(monkeypatch, start):
     at_write(monkeypatch, fail)
     while True:
         failed.clear()
-        status, _, err = start(*flags)
+        status, out, err = start(*flags)
         if not failed:
-            assert status in (0, 1), err
+            trained((status, out, err))
             return seen
         ((path, former),) = failed
         assert status == 1, err
@@ -315,58 +252,45 @@ def fill_disk(monkeypatch, start):
         assert (path.read_bytes() if path.exists() else None) == former
         assert list(path.parent.glob(".writing-*")) == []
         flags = [flag for flag, words in GO_ON.items() if err.strip().endswith(words) and flag]
-        if "add --overwrite" in err:
-            flags = ["--overwrite"]
+        flags = ["--overwrite"] if "add --overwrite" in err else flags
 
 
-def test_full_disk_is_told_for_each_file_and_the_run_goes_on_to_the_same_end(
-    again, whole, heads, monkeypatch, tmp_path
-):
-    expected = outcome(whole)
+def test_full_disk_is_told_for_each_file_and_survived(again, heads, monkeypatch, tmp_path):
+    whole = tmp_path / "whole"
+    trained(again(out=whole))
     assert fill_disk(monkeypatch, again) == {
         *("cache", "split.json", "best_model.pth", "last.pth", "training_history.json"),
         *("mask.nii.gz", "dataset_description.json", "multi_plane", "test_metrics.csv"),
         *("comprehensive_test_metrics.json", "test_set_visualization_grid_300dpi.jpg"),
         *("agreement.jpg", "training_curves.jpg"),
     }
-    assert outcome(tmp_path / "out") == expected
+    assert outcome(tmp_path / "out") == outcome(whole)
     monkeypatch.undo()
-    with monkeypatch.context() as patch:
-        patch.setattr(train_pvs.plt.Figure, "savefig", lambda self, file, **_: file.write(b"-"))
-        scans = [image_path(heads, f"sub-00{number}") for number in (1, 2)]
-        best = ("--checkpoint", whole / "checkpoints" / "best_model.pth", "--save-probabilities")
-        flags = ("--predict", *scans, *best, *MACHINE, "--output-dir")
-        found = fill_disk(patch, lambda *more: call(*flags, tmp_path / "predicted", *more))
-        assert found == {
-            *("dataset_description.json", "mask.nii.gz", "probseg.nii.gz", "multi_plane"),
-            "participants_pvs.csv",
-        }
-        assert call(*flags, tmp_path / "calm")[0] == 0
+    draw_nothing(monkeypatch)
+    scans = [image_path(heads, f"sub-00{number}") for number in (1, 2)]
+    best = ("--checkpoint", whole / "checkpoints" / "best_model.pth", "--save-probabilities")
+    flags = ("--predict", *scans, *best, *MACHINE, "--output-dir")
+    found = fill_disk(monkeypatch, lambda *more: call(*flags, tmp_path / "predicted", *more))
+    assert found == {
+        *("dataset_description.json", "mask.nii.gz", "probseg.nii.gz", "multi_plane"),
+        "participants_pvs.csv",
+    }
+    done(call(*flags, tmp_path / "calm"))
     logs = ("predict.log",)
     assert snapshot(tmp_path / "predicted", logs) == snapshot(tmp_path / "calm", logs)
 
 
-def spoil(path, factor):
-    """Make the weights of the output layer of a checkpoint very large."""
-    content = torch.load(path, weights_only=True)
-    content["model"]["segmentation_head.0.weight"].mul_(0).add_(factor)
-    torch.save(content, path)
-
-
-def test_loss_or_gradient_that_is_not_finite_ends_the_run_which_saves_nothing_of_the_epoch(
-    copied, no_figures
-):
+def test_loss_or_gradient_that_is_not_finite_ends_the_run_unsaved(copied, no_figures):
     # Logits of 1e30 and more have a finite loss; the squares of their gradients overflow.
-    for factor, told in {3e38: "loss became (inf|nan)", 1e30: "gradient became (inf|nan)"}.items():
-        spoil(copied.out / "checkpoints" / "last.pth", factor)
+    last, cases = copied.out / "checkpoints" / "last.pth", "|".join(copied.split["train"])
+    content = torch.load(last, weights_only=True)
+    for weight, told in {3e38: "loss", 1e30: "gradient"}.items():
+        content["model"]["segmentation_head.0.weight"].fill_(weight)
+        torch.save(content, last)
         before = snapshot(copied.out / "checkpoints")
         status, _, err = call("--resume", "--output-dir", copied.out, "--epochs", 6)
-        assert status == 1
-        case = "|".join(copied.split["train"])
-        assert re.match(rf"Error: the {told} in epoch 5 with ({case})\. Nothing was saved", err), (
-            err
-        )
-        assert "--no-amp" in err
+        told = rf"Error: the {told} became (inf|nan) in epoch 5 with ({cases})\. Nothing was saved"
+        assert (status, bool(re.match(told, err)), "--no-amp" in err) == (1, True, True), err
         assert snapshot(copied.out / "checkpoints") == before
 
 
@@ -389,13 +313,11 @@ def test_more_epochs_on_resuming_give_the_run_that_had_them_from_the_start(heads
     flags = ("--val-every", 4, "--lr-patience", 0, "--lr", 0.02, "--batchnorm-momentum", 0.9)
     rows = []
     for epochs, out in ((8, "whole"), (6, "out")):
-        status, _, err = again(*flags, "--seed", 1, "--epochs", epochs, out=tmp_path / out)
-        assert status in (0, 1), err
+        trained(again(*flags, "--seed", 1, "--epochs", epochs, out=tmp_path / out))
         rows.append(json.loads((tmp_path / out / "logs" / "training_history.json").read_text()))
     turns = [[row["epoch"] for row in part if row["val_dice"] is not None] for part in rows]
     assert turns == [[1, 4, 8], [1, 4, 6]]
-    status, _, err = call("--resume", "--output-dir", tmp_path / "out", "--epochs", 8)
-    assert status in (0, 1), err
+    trained(call("--resume", "--output-dir", tmp_path / "out", "--epochs", 8))
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
@@ -407,14 +329,11 @@ def resume(copied, no_figures):
 
 def test_resume_needs_no_other_flags_and_names_those_that_contradict(copied, resume):
     expected = outcome(copied.out)
-    status, out, err = resume()
-    assert (status, err) == (0, "")
-    assert "Resumed         after epoch 4" in out
+    assert "Resumed         after epoch 4" in done(resume())
     assert outcome(copied.out) == expected
     before = snapshot(copied.out / "checkpoints")
     flags = ("--lr", 1e-4, "--batch-size", 2, "--seed", 5, "--epochs", 9, "--decoder-width", 2)
-    status, _, err = resume(*flags, "--data-dir", copied.out / "gone")  # before data are read
-    assert status == 2
+    err = refused(resume(*flags, "--data-dir", copied.out / "gone"))  # before data are read
     last = copied.out / "checkpoints" / "last.pth"
     told = [re.match(rf"  (\w+): {last} has (.*), not (.*); only", ln) for ln in err.splitlines()]
     assert sorted(match.groups() for match in told if match) == [
@@ -422,31 +341,23 @@ def test_resume_needs_no_other_flags_and_names_those_that_contradict(copied, res
     ]
     assert snapshot(copied.out / "checkpoints") == before
     last.write_bytes(last.read_bytes()[:5000])
-    status, _, err = resume()
-    assert status == 2
-    assert f"{last}: expected a checkpoint of this script" in err
+    refused(resume(), f"{last}: expected a checkpoint of this script")
 
 
 def test_data_that_are_not_those_of_the_run_are_named_on_resuming(copied, resume, finished):
     scan, mask, gone = copied.split["train"]
     make_subject(copied.data, "sub-999", seed=99)
     flags = ("--data-dir", copied.data)
-    status, out, err = resume(*flags)  # data may lie elsewhere
-    assert (status, err) == (0, "")
-    assert re.search("[Ll]eft out, .* sub-999", out)
+    assert re.search("[Ll]eft out, .* sub-999", done(resume(*flags)))  # data may lie elsewhere
     for place, subject in ((image_path, scan), (label_path, mask)):
         place(copied.data, subject).write_bytes(place(copied.data, "sub-999").read_bytes())
-    status, _, err = resume(*flags)
-    assert status == 2
-    assert err == (
+    assert refused(resume(*flags)) == (
         f"Error: cannot resume:\n  {scan}: another scan than the run began with\n"
         f"  {mask}: another mask than the run began with\n"
     )
     image_path(copied.data, gone).unlink()
     label_path(copied.data, gone).unlink()
-    status, _, err = resume(*flags)
-    assert status == 2
-    assert f"scans of the run are missing: {gone}\n" in err
+    refused(resume(*flags), f"scans of the run are missing: {gone}\n")
 
 
 def test_other_versions_and_arithmetic_are_warned_of_on_resuming(copied, resume):
@@ -463,21 +374,15 @@ def test_other_versions_and_arithmetic_are_warned_of_on_resuming(copied, resume)
     assert out.count("Warning: the run began with") == 2
 
 
-def test_run_that_stopped_early_trains_no_further_and_needs_its_first_weights_no_more(
-    copied, again, tmp_path
-):
+def test_run_that_stopped_early_goes_no_further_without_first_weights(copied, again, tmp_path):
     content = torch.load(copied.best, weights_only=True)
     torch.save(content | {"sha256": {}}, tmp_path / "first.pth")
     # Nothing changes, so that each validation is the first one again.
     still = ("--lr", 1e-9, "--weight-decay", 0, "--batchnorm-momentum", 1e-9, "--val-every", 1)
     flags = (*still, "--epochs", 9, "--early-stopping", 2, "--init-from", tmp_path / "first.pth")
-    status, out, err = again(*flags)
-    assert status == 0, err
-    assert "Stopped early: no better validation Dice in 2 validations" in out
+    assert "Stopped early: no better validation Dice in 2 validations" in done(again(*flags))
     before = outcome(tmp_path / "out")
-    assert [row["epoch"] for row in before[0]] == [1, 2, 3]
+    assert [row["epoch"] for row in before["history"]] == [1, 2, 3]
     (tmp_path / "first.pth").unlink()
-    status, out, err = again(*flags, "--resume")
-    assert status == 0, err
-    assert "Stopped early" in out
+    assert "Stopped early" in done(again(*flags, "--resume"))
     assert outcome(tmp_path / "out") == before

@@ -1,6 +1,6 @@
 """The network, its pretrained weights and where its output starts."""
 
-import builtins
+import io
 import math
 import urllib.error
 
@@ -10,6 +10,8 @@ from efficientnet_pytorch import EfficientNet
 from torch import nn
 
 import train_pvs
+from conftest import Malicious, prepared_case
+from running import refused
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +27,6 @@ def imagenet_home(tmp_path, monkeypatch):
     """An empty folder for downloads; returns where the weights of efficientnet-b0 belong."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     return tmp_path / "home" / "hub" / "checkpoints" / "efficientnet-b0-355c32eb.pth"
-
-
-def millions(module):
-    return sum(p.numel() for p in module.parameters()) / 1e6
 
 
 def test_output_has_the_shape_of_the_input_and_first_weights_follow_the_seed(tiny_config):
@@ -60,8 +58,9 @@ def test_default_network_and_dynunet_keep_their_sizes():
     with torch.device("meta"):  # sizes only, no memory
         model = train_pvs.build_model(cfg)
         dynunet = train_pvs.build_model(train_pvs.replace(cfg, ARCHITECTURE="dynunet"))
-    sizes = [millions(part) for part in (model.encoder, model.decoder, model, dynunet)]
-    assert sizes == pytest.approx([68.8, 13.1, 81.9, 16.6], abs=0.1)
+    parts = model.encoder, model.decoder, model, dynunet
+    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
+    assert millions == pytest.approx([68.8, 13.1, 81.9, 16.6], abs=0.1)
 
 
 def test_2d_weights_are_spread_over_the_third_axis(flat, tiny_config, tmp_path, imagenet_home):
@@ -81,45 +80,23 @@ def test_2d_weights_are_spread_over_the_third_axis(flat, tiny_config, tmp_path, 
         path.unlink()
 
 
-class Intruder:
-    """Creates a file when a trusting reader unpickles it."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return builtins.open, (str(self.path), "w")
-
-
-def test_file_that_holds_no_fitting_weights_is_told_by_name_and_its_code_is_not_run(
-    flat, data, run, tmp_path
-):
-    intruder, wrong = tmp_path / "intruder", []
-    files = {
-        "other-network": EfficientNet.from_name("efficientnet-b1").state_dict(),
-        "stem-of-one-axis": flat | {"_conv_stem.weight": torch.zeros(32)},
-        "code": {"_conv_stem.weight": Intruder(intruder)},
-        "whole": flat,
-    }
-    for name, content in files.items():
-        torch.save(content, tmp_path / name)
-    whole = (tmp_path / "whole").read_bytes()
-    (tmp_path / "cut-off").write_bytes(whole[:-1000])
-    (tmp_path / "page").write_text("Not Found\n")
-    (tmp_path / "nothing").touch()
-    (tmp_path / "whole").unlink()
-    for path in sorted(p for p in tmp_path.iterdir() if p.is_file()):
-        status, _, err = run("--encoder-weights", path)
+def test_unfit_weights_are_told_by_name_and_run_no_code(flat, data, run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path, whole = tmp_path / "weights.pth", io.BytesIO()
+    torch.save(flat, whole)
+    for content in (
+        EfficientNet.from_name("efficientnet-b1").state_dict(),
+        flat | {"_conv_stem.weight": torch.zeros(32)},  # of one axis
+        {"_conv_stem.weight": Malicious()},
+        *(whole.getvalue()[:-1000], b"Not Found\n", b""),
+    ):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         told = f"Error: {path}: expected the state dict of a 2D EfficientNet"
-        if status != 2 or told not in err or "--encoder-weights none" not in err:
-            wrong.append((path.name, status, err))
-    assert not wrong
-    assert not intruder.exists()
+        refused(run("--encoder-weights", path), told, "--encoder-weights none")
+    assert not (tmp_path / "code was run").exists()
 
 
-def test_failed_download_says_both_ways_out_before_any_volume_is_prepared(
-    data, run, monkeypatch, tmp_path, imagenet_home
-):
+def test_failed_download_says_both_ways_out(data, run, monkeypatch, tmp_path, imagenet_home):
     url = "https://github.com/lukemelas/EfficientNet-PyTorch/releases/download/1.0/"
     for error in (urllib.error.URLError("no network"), RuntimeError("invalid hash value")):
 
@@ -127,27 +104,18 @@ def test_failed_download_says_both_ways_out_before_any_volume_is_prepared(
             raise error
 
         monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-        status, _, err = run("--encoder-weights", "imagenet")
-        assert status == 2
-        for told in (url + imagenet_home.name, str(imagenet_home), "--encoder-weights none"):
-            assert told in err
+        told = url + imagenet_home.name, imagenet_home, "--encoder-weights none"
+        refused(run("--encoder-weights", "imagenet"), *told)
         assert not list(tmp_path.rglob("cache"))
 
 
 def masks(tmp_path, *sizes):
     """Return cases with prepared masks of these (labelled, voxels)."""
-    cases = []
-    for labelled, voxels in sizes:
-        path = tmp_path / f"{voxels}.pt"
-        torch.save({"label": torch.zeros(1, voxels, 1, 1, dtype=torch.uint8)}, path)
-        facts = {"cache": str(path), "working_voxels": labelled}
-        cases.append(train_pvs.Case("sub-1", "sub-1", "scan.nii", **facts))
-    return cases
+    labels = {n: torch.arange(n).view(-1, 1, 1) < labelled for labelled, n in sizes}
+    return [prepared_case(tmp_path / f"{n}.pt", label, label) for n, label in labels.items()]
 
 
-def test_bias_of_the_output_layer_alone_starts_at_the_labelled_fraction_of_all_masks(
-    tiny_config, tmp_path
-):
+def test_bias_of_the_output_layer_starts_at_the_labelled_fraction(tiny_config, tmp_path):
     # (3 + 7) of (1000 + 3000) voxels, which is not the mean of 3/1000 and 7/3000. With a decoder
     # of one channel other layers' biases have the shape of the output's.
     cases = masks(tmp_path, (3, 1000), (7, 3000))

@@ -7,7 +7,6 @@ import re
 import select
 import signal
 import struct
-import sys
 import termios
 import time
 
@@ -15,33 +14,20 @@ import pyte
 import pytest
 import tqdm.std
 
-import train_pvs
-from conftest import LEARNING, TINY, call
+from conftest import LEARNING
+from running import call
 
 COLUMNS, ROWS = 110, 400
 
 
-def live(argv, terminal):
-    """Run with stdout and stderr on a terminal."""
-    for number, name in {1: "stdout", 2: "stderr"}.items():
-        os.dup2(os.open(terminal, os.O_RDWR | os.O_NOCTTY), number)
-        setattr(sys, name, open(number, "w", buffering=1, closefd=False))  # noqa: SIM115
-    train_pvs.plt.Figure.savefig = lambda self, file, **_: file.write(b"-")
-    sys.exit(train_pvs.main(argv))
-
-
 @pytest.fixture
-def show(nursery):
-    """Run on a terminal of 110 columns; returns what was written, exit status, rows at the end.
-
-    It is interrupted when the file `stop` is there.
-    """
+def show(launch):
+    """Run on a terminal till `stop` is there; return what was written, exit status, last rows."""
 
     def start(*argv, stop=None):
         master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", ROWS, COLUMNS, 0, 0))
-        process = nursery.Process(target=live, args=([*map(str, argv)], os.ttyname(slave)))
-        process.start()
+        process = launch(argv, 2 * [os.ttyname(slave)])
         written, end = b"", time.monotonic() + 100
         while process.is_alive() or select.select([master], [], [], 0)[0]:
             if select.select([master], [], [], 0.05)[0]:
@@ -68,10 +54,8 @@ def rows_of(log):
     return [piece.rstrip() for piece in pieces if piece.strip()]
 
 
-def test_log_lines_are_whole_and_begin_at_the_left_of_a_terminal_with_progress_bars(
-    show, finished, tmp_path
-):
-    argv = ["--data-dir", finished.data, *TINY, *LEARNING, "--test-fraction", 0.3]
+def test_log_lines_are_whole_on_a_terminal_with_progress_bars(show, finished, tmp_path):
+    argv = ["--data-dir", finished.data, *LEARNING, "--test-fraction", 0.3]
     written, status, rows = show(*argv, "--output-dir", tmp_path / "whole")
     assert status in (0, 1), written
     bars = set(re.findall(r"(caching|training|validation|testing): .*?%\|", written))
@@ -89,21 +73,15 @@ def test_log_lines_are_whole_and_begin_at_the_left_of_a_terminal_with_progress_b
     assert rows[-1].startswith("Interrupted (SIGINT). Go on with the same command")
 
 
-def test_progress_is_plain_lines_where_there_is_no_terminal(
-    finished, no_figures, monkeypatch, tmp_path
-):
+def test_progress_without_terminal_is_plain_lines(finished, no_figures, monkeypatch, tmp_path):
     start = time.time()  # a clock on which a step takes minutes: a line comes every 30 s
     monkeypatch.setattr(tqdm.std, "time", lambda: start + 10_000 * (time.time() - start))
     places = ("--data-dir", finished.data, "--output-dir", tmp_path)
-    status, out, err = call(*places, *TINY, *LEARNING, "--test-fraction", 0.3)
-    assert status == 0
-    assert out == (tmp_path / "logs" / "train.log").read_text()
+    status, out, err = call(*places, *LEARNING, "--test-fraction", 0.3)
+    assert (status, out) == (0, (tmp_path / "logs" / "train.log").read_text())
     assert "\r" not in err
-    kinds = set()
-    for line in err.splitlines():
-        match = re.fullmatch(
-            r"(checking and caching|epoch \d+, \w+|testing): +\d+%\|.*\d+/\d+.*", line
-        )
-        assert match, line
-        kinds.add(re.sub(r"\d+", "N", match[1]))
+    pattern = r"(checking and caching|epoch \d+, \w+|testing): +\d+%\|.*\d+/\d+.*"
+    matches = [re.fullmatch(pattern, line) for line in err.splitlines()]
+    assert None not in matches, err
+    kinds = {re.sub(r"\d+", "N", match[1]) for match in matches}
     assert kinds >= {"checking and caching", "epoch N, training", "testing"}
