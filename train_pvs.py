@@ -39,6 +39,7 @@ import re
 import shutil
 import sys
 import time
+import traceback
 import warnings
 import zipfile
 import zlib
@@ -543,14 +544,17 @@ def naming(path):
     except Exception as error:
         if isinstance(error, ValueError | OSError) or not get_worker_info():
             raise
-        told = f"{path}: {type(error).__name__}: {explain(error)}"
-        raise OSError(f"{told} (--num-workers 0 tells where)") from None
+        cause = error
+        while cause.__cause__:  # MONAI's own says only in which transform
+            cause = cause.__cause__
+        told = f"{path}: {type(cause).__name__}: {explain(cause)}"
+        raise RuntimeError(f"{told} (--num-workers 0 tells where)") from None
 
 
 def leave_signals_to_the_run(_):
-    """Let a worker pass over signals, which all processes get; it ends with the run."""
+    """Let a worker pass over Ctrl-C, which all processes get; it ends with the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which Python ends it after an error
     sys.excepthook = lambda *_: None  # of the thread whose batch a run that ends leaves there
 
 
@@ -1117,19 +1121,14 @@ def darken_background(image):
     Where most of the volume's faces have one value, of any rank, that is its background. In a
     stripped scan, or if it is as bright as tissue, it becomes darker than all the rest, like air.
     """
-
-    def on_faces(array):
-        faces = [np.take(array, [0, -1], axis).ravel() for axis in range(3)]
-        return np.unique(np.concatenate(faces), return_counts=True)
-
     volume = np.asarray(image)[0]
-    values, counts = on_faces(volume)
+    faces = np.concatenate([np.take(volume, [0, -1], axis).ravel() for axis in range(3)])
+    values, counts = np.unique(faces, return_counts=True)
     value = values[counts.argmax()]
     if 2 * counts.max() < counts.sum():
         return image, False
-    same = np.abs(volume - value) <= 1e-6 * np.ptp(volume)
-    parts, _ = ndimage.label(same)
-    outside = same & np.isin(parts, on_faces(parts)[0])
+    parts, _ = ndimage.label(np.abs(volume - value) <= 1e-6 * np.ptp(volume))
+    outside = (np.bincount(parts.ravel()) > 26)[parts] & (parts > 0)  # brain may have a few
     low, high = np.percentile(volume[~outside], (0.5, 99.5))
     stripped = volume_ml(~outside, image.affine.numpy()) < LARGEST_BRAIN
     if stripped or value > low + 0.15 * (high - low):
@@ -2975,7 +2974,9 @@ def main(argv=None):
                     wait_for_all()  # torchrun ends all when one has ended with another status
                     return status
         except (*FAILURES, KeyboardInterrupt) as error:
-            return tell_failure(error, cfg, options, begun=work)
+            status = tell_failure(error, cfg, options, begun=work)
+            traceback.clear_frames(error.__traceback__)  # they hold loaders: ends the workers
+            return status
     return run_folds(argv, cfg)
 
 

@@ -1,0 +1,367 @@
+"""What scans, masks and files of real groups have: readings, intensities, labels, names."""
+
+import csv
+import gzip
+import itertools
+import json
+import re
+import shutil
+import struct
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from monai.data import MetaTensor
+
+import train_pvs
+from conftest import MACHINE, image_path, label_path, make_subject, save_nifti, split_flags
+from running import call, done, refused, trained
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+SCANNER = nib.affines.from_matvec(np.diag([0.8, 0.9, 1.0]), (-80, -100, -60))
+TURN = nib.eulerangles.euler2mat(0.15, 0.05, 0.1)
+ALIGNED = nib.affines.from_matvec(TURN, (3, -2, 4)) @ SCANNER  # as after a registration
+CODES = ((0, 0), (1, 0), (0, 1), (1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (4, 4))
+
+
+def coded(path, data, qform, sform, codes):
+    """Write a volume with both affines and the codes (qform, sform)."""
+    header = nib.Nifti1Header()
+    header.set_data_shape(data.shape)
+    header.set_qform(qform, codes[0])
+    header.set_sform(sform, codes[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(data, None, header), path)
+    return path
+
+
+def as_itk_has_it(path):
+    """Return the voxels (X, Y, Z) and the affine, in nibabel's axes, that SimpleITK reads."""
+    image = SimpleITK.ReadImage(str(path))
+    turn = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine = np.diag([-1, -1, 1, 1]) @ nib.affines.from_matvec(turn, image.GetOrigin())
+    return SimpleITK.GetArrayFromImage(image).T, affine
+
+
+def redrawn(path, scan, label, writer):
+    """Write a mask drawn on a scan's voxels, as a program with nibabel or with ITK saves it."""
+    if writer == "ITK":
+        image = SimpleITK.GetImageFromArray(label.T)
+        image.CopyInformation(SimpleITK.ReadImage(str(scan)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        SimpleITK.WriteImage(image, str(path))
+    else:
+        save_nifti(path, label, nib.load(scan).affine)
+    return path
+
+
+def volumes_of(data, number=1):
+    paths = (at(data, f"sub-00{number}") for at in (image_path, label_path))
+    return [np.asarray(nib.load(path).dataobj).astype(np.uint16) for path in paths]
+
+
+@pytest.mark.parametrize("writer", ["nibabel", "ITK"])
+def test_mask_drawn_on_a_scans_voxels_is_paired_whatever_reads_its_place(data, tmp_path, writer):
+    image, label = volumes_of(data)
+    label = label.astype(np.uint8)
+    for codes, other in itertools.product(CODES, (SCANNER, ALIGNED)):
+        scan = coded(tmp_path / "scan.nii.gz", image, SCANNER, other, codes)
+        mask = redrawn(tmp_path / "mask.nii.gz", scan, label, writer)
+        case = train_pvs.Case("sub-1", "sub-1", str(scan), str(mask))
+        volumes, told = train_pvs.read_pair(case)
+        assert np.array_equal(volumes["label"][0], label), codes
+        assert torch.equal(volumes["label"].affine, volumes["image"].affine)
+        # The two readers have another place for the scan, so the mask of one for the other.
+        apart = not np.allclose(as_itk_has_it(scan)[1], nib.load(scan).affine, atol=1e-3)
+        sentences = [t for t in told if "paired voxel by voxel" in t]
+        assert len(sentences) == (apart and writer == "ITK"), (codes, told)
+        assert all("ITK's reading" in t or "qform" in t for t in sentences)
+        assert sum("left and right are unknown" in t for t in told) == (codes == (0, 0))
+        # What is predicted lies on the scan's voxels for both.
+        train_pvs.write_nifti(tmp_path / "pred.nii.gz", label, scan)
+        assert np.array_equal(nib.load(tmp_path / "pred.nii.gz").affine, nib.load(scan).affine)
+        voxels, affine = as_itk_has_it(tmp_path / "pred.nii.gz")
+        assert np.array_equal(voxels, label)
+        assert np.allclose(affine, as_itk_has_it(scan)[1], atol=1e-6), codes
+
+
+def test_mask_that_fits_no_reading_is_refused_with_those_that_were_tried(data, run):
+    scan, mask = image_path(data, "sub-002"), label_path(data, "sub-002")
+    image, label = volumes_of(data, 2)
+    coded(scan, image, SCANNER, ALIGNED, (1, 2))
+    flipped = SCANNER @ nib.affines.from_matvec(np.diag([-1.0, 1, 1]), (23, 0, 0))
+    save_nifti(mask, label, flipped)
+    told = ("axes LAS, the scan's are RAS", "tried: sform, qform, ITK's reading")
+    refused(run("--check"), mask, *told)
+
+
+def test_readings_without_codes_or_with_another_pixdim_are_warned_of_once(data, run, predictor):
+    image, label = volumes_of(data, 2)
+    scan = coded(image_path(data, "sub-002"), image, SCANNER, SCANNER, (0, 0))
+    redrawn(label_path(data, "sub-002"), scan, label.astype(np.uint8), "ITK")
+    other = image_path(data, "sub-003")
+    whole = bytearray(gzip.decompress(other.read_bytes()))
+    struct.pack_into("<3f", whole, 80, 0.8, 0.8, 0.8)  # pixdim
+    other.write_bytes(gzip.compress(whole))
+    unknown = f"Warning: {scan}: its qform and sform code are 0: left and right are unknown"
+    pixdim = f"Warning: {other}: its pixdim says 0.8 x 0.8 x 0.8 mm a voxel, its affine 1 x 1 x 1"
+    for out in (done(run("--check")), done(predictor(scan, other))):
+        assert (out.count(unknown), out.count(pixdim)) == (1, 1)
+
+
+def test_odd_numbers_beside_a_whole_sform_change_nothing(data):
+    scan = image_path(data, "sub-001")
+    whole, plain = gzip.decompress(scan.read_bytes()), train_pvs.read_volume(scan)
+    for place, form, *numbers in (
+        (80, "<3f", -1.0, 1.0, 1.0),  # pixdim
+        (80, "<3f", 0.0, 0.0, 0.0),
+        (40, "<5h", 4, 24, 28, 20, 0),  # dim: four axes, the last of length 0
+    ):
+        odd = bytearray(whole)
+        struct.pack_into(form, odd, place, *numbers)
+        scan.write_bytes(gzip.compress(odd))
+        volume, _ = train_pvs.read_scan(scan)
+        assert torch.equal(volume.as_tensor(), plain.as_tensor())
+        assert torch.equal(volume.affine, plain.affine)
+
+
+def kinds_of_scan(head, brain):
+    """Yield a head as programs leave it: {name: (scan, whether it is stripped)}."""
+    z = (head - head[brain].mean()) / head[brain].std()
+    low, high = head[brain].min(), head[brain].max()
+    yield "whole head", head, False
+    yield "whole head, z-scored", z, False
+    yield "stripped", np.where(brain, head, 0), True
+    yield "stripped, z-scored, background 0", np.where(brain, z, 0), True
+    yield "stripped, z-scored, background lowest", np.where(brain, z, z[brain].min()), True
+    yield "stripped, scaled to [0, 1]", np.where(brain, (head - low) / (high - low), 0), True
+    yield "stripped, negative", np.where(brain, head, 0) - 2000, True
+    yield "stripped, whole numbers around 0", np.where(brain, np.round(100 * z), 0), True
+    yield "stripped, background highest", np.where(brain, head, head.max() + 1), True
+
+
+def test_brain_keeps_its_contrast_in_every_kind_of_scan(tiny_config):
+    rng, shape = np.random.default_rng(5), train_pvs.DEMO_SHAPE
+    head = train_pvs.simulate_head(rng)[0].astype(np.float32)
+    _, white, basal = train_pvs.simulate_tissue(np.random.default_rng(5), shape)
+    brain = train_pvs.ndimage.binary_closing(white | basal, iterations=6)
+    plain, affine = {}, torch.eye(4, dtype=torch.float64)
+    for name, volume, stripped in kinds_of_scan(head, brain):
+        volume = torch.from_numpy(volume.astype(np.float32))[None]
+        scan = {"image": MetaTensor(volume, affine), "label": MetaTensor(brain[None], affine)}
+        entry = train_pvs.to_working_grid(scan, tiny_config(PIX_DIM=(1.0, 1.0, 1.0)))
+        values = entry["image"][entry["label"] > 0]
+        clipped = [float((values <= 0).float().mean()), float((values >= 1).float().mean())]
+        assert max(clipped) <= 0.01, (name, clipped)
+        assert entry["stripped"] == stripped, name
+        # The same brain, however it is stored; the background is as dark as air.
+        first = plain.setdefault(stripped, entry["image"])
+        if first.shape == entry["image"].shape:
+            assert float((first - entry["image"]).abs().mean()) < 0.01, name
+        assert entry["label"].sum() == brain.sum()
+    corners = entry["image"][0][[0, 0, -1, -1], [0, -1, 0, -1], 0]
+    assert corners.tolist() == [0, 0, 0, 0]
+
+
+def test_a_few_hot_voxels_are_no_noise(data, run):
+    for number, count in ((1, 1), (2, 30)):
+        scan, (image, _) = image_path(data, f"sub-00{number}"), volumes_of(data, number)
+        hot = image.astype(np.float32)
+        hot.flat[np.random.default_rng(0).integers(hot.size, size=count)] = 1e6
+        save_nifti(scan, hot)
+    done(run("--check"))
+    save_nifti(scan, np.random.default_rng(0).normal(size=hot.shape).astype(np.float32))
+    refused(run("--check"), scan, "nothing but noise")
+
+
+def test_negative_and_infinite_labels_are_refused_with_their_values_and_numbers(data, run):
+    masks = [label_path(data, f"sub-00{number}") for number in (1, 2, 3)]
+    for mask, name in zip(masks, ("half", "all", "inf"), strict=True):
+        label = np.asarray(nib.load(mask).dataobj) > 0
+        negative = label & (name != "half" or np.indices(label.shape)[0] % 2 > 0)
+        values = np.where(negative, -np.inf if name == "inf" else -1, label)
+        save_nifti(mask, values.astype(np.float32 if name == "inf" else np.int8))
+    err = refused(run("--check"), "3 problems", "are NaN or infinite")
+    for mask in masks[:2]:
+        count = int((np.asarray(nib.load(mask).dataobj) < 0).sum())
+        assert f"{mask}: expected labels of 0 and more in a mask, got -1 ({count} voxels)" in err
+
+
+def test_labels_are_whole_within_half_of_their_headers_slope(data, run):
+    mask, (_, label) = label_path(data, "sub-002"), volumes_of(data, 2)
+    seven = label * (1.0 + np.arange(label.shape[0])[:, None, None] % 7)
+    nifti = nib.Nifti1Image(seven, np.eye(4))
+    nifti.set_data_dtype(np.uint8)
+    nib.save(nifti, mask)
+    assert not np.array_equal(nib.load(mask).get_fdata(), seven)  # nibabel chose a slope
+    assert np.array_equal(train_pvs.read_label(mask)[0], seven)
+    done(run("--check"))
+    nifti = nib.Nifti1Image(label * 0.5, np.eye(4))  # halves
+    nifti.set_data_dtype(np.uint8)
+    for half in (nifti, nib.Nifti1Image((label * 0.5).astype(np.float32), np.eye(4))):
+        nib.save(half, mask)
+        refused(run("--check"), mask, "got fractions")
+
+
+def test_hidden_files_are_no_scans_and_no_masks(data, run, predictor):
+    for at in (image_path, label_path):
+        path = at(data, "sub-001")
+        path.with_name("._" + path.name).write_bytes(b"\0\5\x16\7" + bytes(4000))  # of macOS
+    shutil.copytree(data / "sub-002", data / ".trash" / "sub-002")
+    assert "2 train, 1 val, 1 test" in done(run("--check"))
+    assert "4 of 4 scans" in done(predictor(data))
+
+
+def test_pointers_and_wrong_endings_are_told_and_a_byte_order_mark_is_read(data, run, tmp_path):
+    scans = [image_path(data, f"sub-00{number}") for number in (1, 2, 3)]
+    whole = scans[1].read_bytes()
+    scans[0].write_bytes(b"/annex/objects/MD5E-s20--0123456789abcdef.nii.gz\n")
+    scans[1].write_bytes(gzip.decompress(whole))
+    plain = scans[2].with_suffix("")
+    scans[2].rename(plain)
+    told = ("3 problems", "datalad get", "it is not gzipped: name it .nii)", "it is gzipped: name")
+    refused(run("--check"), *scans[:2], plain, *told)
+    scans[0].write_bytes(whole)  # of another subject
+    make_subject(data, "sub-001", seed=9)
+    scans[1].write_bytes(whole)
+    plain.rename(scans[2])
+    flags = split_flags(tmp_path, train="1 2", val="3", test="4")
+    path = tmp_path / "split.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert "2 train, 1 val, 1 test" in done(run("--check", *flags))
+
+
+def test_names_are_told_with_the_nearest_scan(data, run):
+    moved = label_path(data, "sub-002")
+    moved.rename(moved.with_name("sub-002_space-T2w_desc-mask_PVS.nii.gz"))
+    shutil.copy(image_path(data, "sub-003"), data / "sub-003/anat/sub-003_run-2_T2w.nii.gz")
+    err = refused(run("--check"), "2 problems", "letters and digits only")
+    near = image_path(data, "sub-002")
+    assert f"found none; the nearest is {near}, which has no space-T2w" in err
+    assert err.count("sub-003_run-2") == 1  # and not as a scan without a mask
+
+
+def test_flags_that_go_wrong_say_what_would_be_right(data, run, tmp_path):
+    assert "did you mean --epochs?" in refused(call("--epoch", 3))
+    assert "did you mean --overwrite?" in refused(call("--overwite"))
+    refused(run("--folds", 3), "give --fold 1 to 3 as well, or --fold all, got 0")
+    refused(run("--fold", 2), "FOLD", "--folds as well")
+    refused(run("--fold", "all"), "FOLD")
+
+
+def test_all_folds_run_one_after_another_and_go_on(data, run, tmp_path):
+    for flags in (["--folds", 3], ["--folds", 3, "--resume"]):
+        trained(run(*flags, "--fold", "all"))
+        pooled = json.loads((tmp_path / "out" / "cross_validation.json").read_text())
+        assert (pooled["finished"], pooled["n"]) == ([1, 2, 3], 4)
+        shutil.rmtree(tmp_path / "out" / "fold-3")  # the last was not begun
+    refused(run("--folds", 3, "--fold", "all"), "fold-1", "--overwrite")
+
+
+def raise_in_worker(item):
+    raise KeyError("no such key")
+
+
+@pytest.mark.parametrize("where", ["transform", "cache", "memory"])
+def test_error_in_a_worker_is_one_line_with_the_case_and_the_cause(data, run, monkeypatch, where):
+    told = "KeyError: 'no such key' (--num-workers 0 tells where)"
+    if where == "memory":
+
+        def collate(items):
+            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
+
+        monkeypatch.setattr(train_pvs, "default_collate", collate)
+        told = "--shm-size 8g, or --ipc=host), or use --num-workers 0"
+    elif where == "cache":
+        monkeypatch.setattr(train_pvs, "scale_intensity", lambda *_, **__: raise_in_worker(0))
+    else:
+        monkeypatch.setattr(train_pvs, "build_train_transforms", lambda cfg: Failing())
+    status, _, err = run("--num-workers", 2)
+    assert status == 1
+    assert told in err
+    assert ("sub-00" in err, "Traceback" in err) == (where != "memory", False)
+    assert err.count("\n") <= 3
+
+
+class Failing:
+    """A transform that fails."""
+
+    def set_random_state(self, seed):
+        """Be like MONAI's."""
+
+    __call__ = staticmethod(raise_in_worker)
+
+
+@pytest.fixture
+def predictor(finished, tmp_path):
+    """Call --predict with the finished run's weights into `predicted`."""
+    flags = ("--checkpoint", finished.best, "--output-dir", tmp_path / "predicted", *MACHINE)
+    return lambda *words: call(*flags, "--predict", *words)
+
+
+def table_of(folder):
+    with open(folder / "logs" / "participants_pvs.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_interrupted_prediction_goes_on_and_later_scans_add_rows(finished, predictor, tmp_path):
+    folder, out = tmp_path / "plain folder", tmp_path / "predicted"
+    names = ("M2208_T2w.nii.gz", "patient_12_T2.nii.gz", "case_7.nii.gz")
+    for number, name in enumerate(names):
+        save_nifti(folder / name, volumes_of(finished.data, number + 1)[0])
+    (folder / "readme.txt").write_text("scans")
+    assert "3 of 3 scans" in done(predictor(folder))
+    rows = table_of(out)
+    assert [r["participant_id"] for r in rows] == ["sub-M2208", "sub-case7", "sub-patient12"]
+    for row in rows:  # from where the table lies
+        assert nib.load(out / "logs" / row["mask"]).shape == (24, 28, 20)
+    table, before = out / "logs" / "participants_pvs.csv", {}
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[:2]))  # as if it had been killed in the second scan
+    for path in out.rglob("*_mask.nii.gz"):
+        before[path] = path.stat().st_mtime_ns
+    masks = {path: path.read_bytes() for path in before}
+    assert "Done before     1 of 3 scans" in done(predictor(folder))
+    assert table.read_text() == "".join(lines)
+    assert masks == {path: path.read_bytes() for path in before}
+    assert sum(path.stat().st_mtime_ns == before[path] for path in before) == 1
+    done(predictor(folder, image_path(finished.data, "sub-004")))
+    assert [*table.read_text().splitlines(keepends=True)][:4] == lines
+    assert table_of(out)[3]["participant_id"] == "sub-004"
+    # A scan that has become another one, and other settings, are told; nothing is lost.
+    whole = table.read_text()
+    save_nifti(folder / names[0], volumes_of(finished.data, 5)[0])
+    refused(predictor(folder), folder / names[0], "expected the scan that sub-M2208 was")
+    refused(predictor(folder, "--threshold", 0.4), "by other weights or settings", "--overwrite")
+    assert table.read_text() == whole
+    assert "3 of 3" in done(predictor(folder, "--overwrite"))
+    assert len(table_of(out)) == 3
+
+
+def test_prediction_tells_what_its_reader_must_know(finished, predictor, tmp_path):
+    parts = {part: image_path(finished.data, finished.split[part][0]) for part in finished.split}
+    thick = nib.affines.from_matvec(np.diag([0.69, 0.69, 3]))
+    image, _ = volumes_of(finished.data)
+    stripped = np.where(image > 200, image, 0)
+    new = save_nifti(tmp_path / "new_T2w.nii.gz", image[::-1], thick)
+    bare = save_nifti(tmp_path / "bare_T2w.nii.gz", stripped)
+    out = done(predictor(*parts.values(), new, bare))
+    rows = table_of(tmp_path / "predicted")
+    assert [row["seen_in"] for row in rows] == [*parts, "", ""]
+    assert {row["trained_on"] for row in rows} == {"Simulated heads of a test"}
+    assert "Trained on      Simulated heads of a test" in out
+    far = "voxels of 0.69 x 0.69 x 3 mm, far from the training scans' 1 x 1 x 1 mm"
+    assert f"Warning: {new} has {far}" in out
+    assert f"Warning: {bare}: the scan is stripped of the skull" in out
+    assert out.count("Warning:") == 2
+    for row in rows:
+        assert re.fullmatch(r"[\d.e-]+", row["volume_ml"])
+        assert len(row["volume_ml"].replace(".", "").strip("0")) <= 6
+    content = torch.load(finished.best, weights_only=True)
+    content["history_row"]["val_dice"] = 0.0
+    torch.save(content, tmp_path / "none.pth")
+    flags = ("--checkpoint", tmp_path / "none.pth", "--output-dir", tmp_path / "none", *MACHINE)
+    assert "found no PVS in validation" in done(call(*flags, "--predict", new))
