@@ -861,8 +861,9 @@ def explain(error):
 
 def look_inside(path):
     """Return what a file that is no NIfTI file holds instead, where its first bytes tell."""
-    with suppress(OSError), open(path, "rb") as file:
-        start, zipped = file.read(16), str(path).endswith(".gz")
+    if os.path.isfile(path) and os.access(path, os.R_OK):
+        with open(path, "rb") as file:
+            start, zipped = file.read(16), str(path).endswith(".gz")
         if start.startswith(b"/annex/objects"):
             return "git-annex has not fetched it: datalad get"
         if start and zipped != start.startswith(b"\x1f\x8b"):
@@ -1131,7 +1132,7 @@ def darken_background(image):
     outside = (np.bincount(parts.ravel()) > 26)[parts] & (parts > 0)  # brain may have a few
     low, high = np.percentile(volume[~outside], (0.5, 99.5))
     stripped = volume_ml(~outside, image.affine.numpy()) < LARGEST_BRAIN
-    if stripped or value > low + 0.15 * (high - low):
+    if high > low and (stripped or value > low + 0.15 * (high - low)):
         image = image.clone()
         image[:, outside] = low - 0.2 * (high - low)
     return image, stripped

@@ -44,7 +44,7 @@ def test_accuracy_measures_rows_and_does_nothing_twice(accuracies):
         scores = json.loads(file.read_text())
         assert f"{scores['native']['dice']['mean']:.3f} (" in row[2]
         assert scores["config"]["TTA_FLIPS"] == mirrored
-        assert [head["subject"] for head in scores["subjects"]] == ["sub-004", "sub-005"]
+        assert [head["participant_id"] for head in scores["subjects"]] == ["sub-004", "sub-005"]
         assert row[-1] == "1"  # epoch
     times = [file.stat().st_mtime_ns for file in files]
     assert accuracy.main(flags) == 0

@@ -150,7 +150,10 @@ def test_settings_of_training_are_refused_by_name_and_others_taken(source, start
     # What the run was started with may be given.
     done(start("evaluate", copy, *FREE.split(), *TINY))
     content = scores(tmp_path / "out")
-    assert [row["subject"] for row in content["subjects"]] == ["sub-004", "sub-005"]  # unseen
+    assert [row["participant_id"] for row in content["subjects"]] == [
+        "sub-004",
+        "sub-005",
+    ]  # unseen
     assert [content["config"][name] for name in ("THRESHOLD", "AMP")] == [0.4, False]
 
 

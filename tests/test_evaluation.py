@@ -20,7 +20,7 @@ from running import call, done, draw_nothing
 
 def summarise(values, seed=0):
     """Summarise values of one scan of each subject."""
-    rows = [{"subject": f"sub-{n}", "score": value} for n, value in enumerate(values)]
+    rows = [{"participant_id": f"sub-{n}", "score": value} for n, value in enumerate(values)]
     return train_pvs.summarise(rows, "score", seed)
 
 
@@ -50,8 +50,8 @@ def test_interval_of_the_mean_is_scipys_bootstrap_and_seeded():
 
 def test_scans_of_one_subject_are_resampled_together():
     # One subject has 20 scans at 0.9, nine have one scan each at 0.50 to 0.58.
-    rows = [{"subject": "many", "score": 0.9} for _ in range(20)]
-    rows += [{"subject": f"sub-{n}", "score": 0.5 + n / 100} for n in range(9)]
+    rows = [{"participant_id": "many", "score": 0.9} for _ in range(20)]
+    rows += [{"participant_id": f"sub-{n}", "score": 0.5 + n / 100} for n in range(9)]
     summary = train_pvs.summarise(rows, "score", 0)
     assert summary["mean"] == pytest.approx((20 * 0.9 + 9 * 0.54) / 29)
     assert summary["n"] == 29
@@ -122,7 +122,7 @@ def test_scores_of_a_hand_worked_case():
     # found; from the reference the distances are 0, 0, 0.5 and this: the 95th percentile is at
     # 0.95 * 3 = 2.85. To the reference they are only 0 to 1.5 mm.
     far = (0.25 + 64 + 81) ** 0.5
-    expected = {"name": "sub-7_ses-1", "subject": "sub-7", "roundtrip_dice": 0.75}
+    expected = {"name": "sub-7_ses-1", "participant_id": "sub-7", "roundtrip_dice": 0.75}
     # working grid: 2 * 1/(3+2), 1/(3+2-1), 1/3, 1/2
     expected |= {"dice": 2 / 5, "iou": 1 / 4, "precision": 1 / 3, "recall": 1 / 2}
     expected |= {"working_label_voxels": 2, "working_pred_voxels": 3}
@@ -212,7 +212,8 @@ def test_rows_of_a_whole_test_are_those_worked_out_by_hand(tested):
     rows = tested[0]["subjects"]
     assert [row["name"] for row in rows] == list(LABELS)
     for line, row in zip(tested[1], rows, strict=True):  # the table's and the file's
-        cells = ["" if value is None else str(value) for value in row.values()]
+        cells = [f"{v:.6g}" if isinstance(v, float) else v for v in row.values()]
+        cells = ["" if value is None else str(value) for value in cells]
         assert list(line.items()) == list(zip(row, cells, strict=True))
     expected = {
         "dice": 2 * INSIDE / (INSIDE + 4096),

@@ -28,7 +28,7 @@ TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
 def test_run_writes_its_files_and_no_others(finished):
     mask = "predictions/{0}/anat/{0}_label-PVS_desc-unetpp_mask.nii.gz"
     tested = finished.split["test"]
-    assert tested == [row["subject"] for row in finished.scores["subjects"]]
+    assert tested == [row["participant_id"] for row in finished.scores["subjects"]]
     assert len(tested) == 2
     found = [name for name in snapshot(finished.out) if not name.startswith("cache/")]
     assert sorted(found) == sorted(
@@ -61,7 +61,7 @@ def test_files_hold_the_documented_keys(finished):
     }
     for row in finished.scores["subjects"]:
         assert set(row) == {
-            *("name", "subject", *four, "working_label_voxels", "working_pred_voxels"),
+            *("participant_id", "name", *four, "working_label_voxels", "working_pred_voxels"),
             *("native_dice", "native_iou", "native_precision", "native_recall", "roundtrip_dice"),
             *("count_label", "count_pred", "count_error", "count_error_percent"),
             *(f"matched_{side}_{rule}" for side in ("label", "pred") for rule in ("any", "iou")),

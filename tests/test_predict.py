@@ -97,7 +97,7 @@ def test_files_and_folders_become_a_valid_bids_derivative_and_a_table(predict, t
         session = "ses-a/" if "ses-a" in name else ""
         place = f"predictions/{subject}/{session}anat/{name}"
         assert (row["participant_id"], row["scan"]) == (subject, str(scan))
-        assert row["mask"] == f"{place}{MASK}"
+        assert row["mask"] == f"../{place}{MASK}"
         prob, mask = (nib.load(tmp_path / "out" / (place + s)) for s in (PROBABILITY, MASK))
         assert (prob.get_data_dtype(), mask.get_data_dtype()) == (np.float32, np.uint8)
         for volume in (prob, mask):
@@ -249,7 +249,7 @@ def test_scans_are_known_by_voxels_and_unseen_ones_tested(copied, predict, finis
 
     make_subject(copied.data, "sub-777", seed=7)
     done(evaluate("--overwrite"))
-    tested = [row["subject"] for row in scores(tmp_path / "out")["subjects"]]
+    tested = [row["participant_id"] for row in scores(tmp_path / "out")["subjects"]]
     assert tested == [*finished.split["test"], "sub-777"]
 
     for subject in tested:
@@ -279,7 +279,7 @@ def test_external_data_with_empty_and_vanishing_masks_are_scored_apart(copied, t
     assert {name.split("/")[0] for name in set(after) - set(before)} == {"evaluate-clinic"}
     got = scores(copied.out / "evaluate-clinic")
     assert got["n"] == got["native"]["dice"]["n"] == 3
-    rows = {row["subject"]: row for row in got["subjects"]}
+    rows = {row["participant_id"]: row for row in got["subjects"]}
     assert set(rows) == {"sub-001", "sub-none", "sub-tiny"}
     none, tiny = rows["sub-none"], rows["sub-tiny"]
     assert none["count_label"] == none["volume_ml_label"] == none["working_label_voxels"] == 0
