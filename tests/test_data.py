@@ -190,7 +190,7 @@ VOLUMES = [
     (f"{MASK}expected PVS in the head, all 3 ", voxels(mask, lambda a: put(0 * a, [0, 1, 2], 1))),
     (f"{SCAN}{NO_3D} (24, 28, 20, 2)", voxels(scan, lambda a: np.stack([a, a], -1))),
     (f"{MASK}expected the scan's shape {SHAPE}, got (23, 28", voxels(mask, lambda a: a[:-1])),
-    (f"corners 23.00 voxels from|{HALF} (axes LAS, the scan's are RAS)", voxels(mask, affine=FLIP)),
+    (f"corners 23.00 voxels from|{HALF} (axes LAS, the scan's are RAS;", voxels(mask, affine=FLIP)),
     (f"{MASK}|corners 0.51 voxels|{HALF}", voxels(mask, affine=SHIFT(np.eye(3), (0, 0, 0.51)))),
     # (3, 4, 0) mm is 5 mm long: 2.5 voxels of 2 mm.
     (f"{MASK}|corners 2.50 voxels|{HALF}", both(voxels(scan, affine=TWO), moved)),
