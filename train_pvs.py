@@ -959,19 +959,19 @@ def read_scan(path):
 
 
 def read_label(path):
-    """Return the volume of `read_volume` as whole numbers; a ValueError where they are no labels.
+    """Return the volume of `read_volume` as whole numbers, and what to warn of: nothing.
 
-    Labels that were stored as fractions of a header's slope come back only nearly whole.
+    A ValueError where they are no labels. What was stored in steps of a header's slope comes back
+    only nearly whole: labels 1 to 7 in uint8 as 0.988, 2.004 and so on.
     """
     label, stored = read_volume(path), read_header(path)[0].dataobj
-    scaled = stored.dtype.kind in "iu"
-    whole = label.round()
-    odd = (label - whole).abs() > (abs(stored.slope) / 2 if scaled else 0)
-    require(not odd.any(), f"{path}: expected whole numbers in a mask, got fractions")
+    whole, step = label.round(), abs(stored.slope) if stored.dtype.kind in "iu" else 0
+    good = (label - whole).abs() <= step / 2
+    require(good.all(), f"{path}: expected whole numbers in a mask, got fractions")
     values, counts = np.unique(np.asarray(whole[whole < 0]), return_counts=True)
     told = ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(values[:5], counts, strict=False))
-    require(not len(values), f"{path}: expected labels of 0 and more in a mask, got {told}")
-    return whole
+    require(not told, f"{path}: expected labels of 0 and more in a mask, got {told}")
+    return whole, []
 
 
 def read_pair(case):
@@ -981,14 +981,12 @@ def read_pair(case):
     agree with another program's reading of the scan.
     """
     volumes, problems, cautions = {}, [], []
-    try:
-        volumes["image"], cautions = read_scan(case.image)
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        volumes["label"] = read_label(case.label)
-    except ValueError as error:
-        problems.append(str(error))
+    for key, read in (("image", read_scan), ("label", read_label)):
+        try:
+            volumes[key], told = read(getattr(case, key))
+            cautions += told
+        except ValueError as error:
+            problems.append(str(error))
     if problems:
         raise ValueError(*problems)
     shape, got = (tuple(volume.shape[1:]) for volume in volumes.values())
@@ -999,16 +997,16 @@ def read_pair(case):
     for (own, affine), (its, other) in itertools.product(scan.items(), mask.items()):
         moved = np.linalg.solve(affine, other @ corners) - corners
         shifts[own, its] = np.linalg.norm(moved[:3], axis=0).max()
-    used, nearest = next(iter(shifts)), min(shifts, key=shifts.get)
-    shift, least = shifts[used], shifts[nearest]
+    used, best = next(iter(shifts)), min(shifts, key=shifts.get)
+    shift = shifts[used]
     told = f"{case.label}: its affine puts corners {shift:.2f} voxels from the scan's"
     if shift <= 0.5:
         cautions += [f"{told}; the scan's is used for both"] if shift > 0.1 else []
     else:
         axes, own = ("".join(nib.aff2axcodes(next(iter(a.values())))) for a in (mask, scan))
         tried = f"axes {axes}, the scan's are {own}; tried: {', '.join(scan)}"
-        require(least <= 0.5, f"{told}, expected at most 0.5 ({tried})")
-        told += f" by its {used[0]}, but fits its {nearest[0]}, as it was drawn in ITK's programs?"
+        require(shifts[best] <= 0.5, f"{told}, expected at most 0.5 ({tried})")
+        told += f" by the {used[0]}, but it fits the scan's {best[0]}, as other programs read it"
         cautions.append(f"{told}; paired voxel by voxel, placed by the scan's {used[0]}")
     volumes["label"].affine = volumes["image"].affine
     return volumes, cautions
@@ -1430,13 +1428,18 @@ class TrainLoader(DataLoader):
         self.following = epoch + 1
 
 
+def collate(cases):
+    """Return the patches of some cases as one batch."""
+    return default_collate([*itertools.chain(*cases)])
+
+
 def build_train_loader(cases, cfg, device):
     """Return the loader of batches: BATCH_SIZE volumes' patches, (B, 1, *IMG_PATCH_SIZE)."""
     return TrainLoader(
         TrainingPatches(cases, cfg),
         batch_sampler=EpochSampler(len(cases), cfg),
         num_workers=worker_count(cfg),
-        collate_fn=lambda cases: default_collate([*itertools.chain(*cases)]),
+        collate_fn=collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_run,
         generator=torch.Generator(),  # so that it draws nothing from the model's random numbers
@@ -2691,7 +2694,7 @@ def train(run, model, split, cfg, last):
 def read_again(case):
     """Return the scan and the bool mask (X, Y, Z) of a case; an OSError if they have changed."""
     try:
-        image, label = read_volume(case.image), read_label(case.label)
+        image, label = read_volume(case.image), read_label(case.label)[0]
     except ValueError as error:
         raise OSError(str(error)) from None
     for path, volume, known in ((case.image, image, "sha256"), (case.label, label, "label_sha256")):
@@ -2742,12 +2745,13 @@ def warn_of_doubts(case, entry, cautions, contents):
     """Warn of what is odd in a scan, and of what sets it apart from the training scans."""
     for caution in cautions:
         log.warning("Warning: %s", caution)
-    for facts in [content["trained_on"] for _, content in contents if "trained_on" in content][:1]:
+    facts = contents[0][1].get("trained_on")  # earlier checkpoints have none
+    if facts:
         spacing = ras_spacing(entry["native_affine"].numpy())
         warn_if_far(case.image, spacing, facts["spacing"], "the training scans' ")
-        if entry["stripped"] != facts["stripped"]:
-            without = "the scan is" if entry["stripped"] else "only the training scans are"
-            log.warning("Warning: %s: %s stripped of the skull", case.image, without)
+    if facts and entry["stripped"] != facts["stripped"]:
+        which = "the scan is" if entry["stripped"] else "only the training scans are"
+        log.warning("Warning: %s: %s stripped of the skull", case.image, which)
 
 
 def segment_scan(run, model, case, contents, cfg):

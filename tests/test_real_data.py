@@ -197,7 +197,7 @@ def test_labels_are_whole_within_half_of_their_headers_slope(data, run):
     nifti.set_data_dtype(np.uint8)
     nib.save(nifti, mask)
     assert not np.array_equal(nib.load(mask).get_fdata(), seven)  # nibabel chose a slope
-    assert np.array_equal(train_pvs.read_label(mask)[0], seven)
+    assert np.array_equal(train_pvs.read_label(mask)[0][0], seven)
     done(run("--check"))
     nifti = nib.Nifti1Image(label * 0.5, np.eye(4))  # halves
     nifti.set_data_dtype(np.uint8)
