@@ -1,9 +1,11 @@
 """Kill runs at random moments, resume them, and compare with the run that was never killed.
 
     python tests/kill_and_resume.py --kills 200
+    python tests/kill_and_resume.py --kills 5 --predict 200
 
-The script is imported once; every run is a fork of that process, so that it starts at once. A run
-is killed (SIGKILL) after a random time, or as a file that it writes is flushed or renamed.
+The second command kills and repeats one --predict of 200 scans. The script is imported once; every
+run is a fork of that process, so that it starts at once. A run is killed (SIGKILL) after a random
+time, or as a file that it writes is flushed or renamed.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from conftest import TINY, make_subjects, scores
+from conftest import LEARNING, MACHINE, TINY, make_subject, make_subjects, scores, snapshot
 from running import train_pvs
 
 FLAGS = ("--epochs", 4, "--val-every", 2, "--lr", 5e-3, "--test-fraction", 0.5, "--no-amp")
@@ -116,15 +118,47 @@ def run_to_the_end(argv, out, rng, duration, kills):
             sys.exit(f"a run ended with {os.WEXITSTATUS(status)}, see {out}.log")
 
 
+def predict_to_the_end(folder, count, kills, rng):
+    """Predict `count` scans twice, once killed so many times; exit with 1 where results differ."""
+    data = make_subjects(folder / "data", 4)
+    train_pvs.main(["--data-dir", str(data), "--output-dir", str(folder / "run"), *LEARNING])
+    scans = folder / "scans"
+    for number in range(count):
+        make_subject(scans, f"sub-{number:04d}", seed=100 + number)
+    flags = ["--predict", str(scans), *MACHINE, "--checkpoint"]
+    flags.append(str(folder / "run" / "checkpoints" / "best_model.pth"))
+    results, duration, killed = {}, 0, 0
+    for name in ("whole", "killed"):
+        while name not in results:
+            begin = time.perf_counter()
+            child = start([*flags, "--output-dir", str(folder / name)], folder / f"{name}.log")
+            if name == "killed" and killed < kills:
+                time.sleep(rng.uniform(0, duration / 3))
+                os.kill(child, signal.SIGKILL)
+            status = os.waitpid(child, 0)[1]
+            killed += os.WIFSIGNALED(status)
+            if not os.WIFSIGNALED(status):
+                assert os.WEXITSTATUS(status) == 0, (folder / f"{name}.log").read_text()[-2000:]
+                found = snapshot(folder / name)
+                results[name] = {n: found[n] for n in found if n.endswith((".csv", ".gz", ".json"))}
+        duration = time.perf_counter() - begin
+    if results["whole"] != results["killed"]:
+        sys.exit("the prediction that was killed has other masks or another table")
+    print(f"{count} scans, killed {killed} times: {len(results['whole'])} equal files")
+
+
 def main(argv=None):
     """Compare as many killed runs as it takes; exit with 1 where one differs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--predict", type=int, metavar="SCANS", help="of one --predict")
     options = parser.parse_args(argv)
     rng, survived, runs = random.Random(options.seed), Counter(), 0
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        if options.predict:
+            return predict_to_the_end(folder, options.predict, options.kills, rng)
         flags = ["--data-dir", str(make_subjects(folder / "data", 4)), *TINY, *map(str, FLAGS)]
         begin = time.perf_counter()
         run_to_the_end([*flags, "--output-dir", str(folder / "0")], folder / "0", rng, 0, 0)
