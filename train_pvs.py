@@ -2771,7 +2771,7 @@ def segment_scan(run, model, case, contents, cfg):
     seen = [part for part in ("train", "val", "test") if found in seen_hashes(every, part)]
     row = {"participant_id": case.subject, "name": case.name, "count": count, "volume_ml": volume}
     row |= {"seen_in": "".join(seen[:1]), "trained_on": training_set(contents)}
-    row |= {"scan": case.image, "scan_sha256": hash_file(case.image)}
+    row |= {"scan": os.path.abspath(case.image), "scan_sha256": hash_file(case.image)}
     return row | {"mask": os.path.relpath(mask, run.burden.parent)}
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import struct
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -307,8 +308,11 @@ def table_of(folder):
         return list(csv.DictReader(file))
 
 
-def test_interrupted_prediction_goes_on_and_later_scans_add_rows(finished, predictor, tmp_path):
-    folder, out = tmp_path / "plain folder", tmp_path / "predicted"
+def test_interrupted_prediction_goes_on_and_later_scans_add_rows(
+    finished, predictor, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder, out = Path("plain folder"), tmp_path / "predicted"
     names = ("M2208_T2w.nii.gz", "patient_12_T2.nii.gz", "case_7.nii.gz")
     for number, name in enumerate(names):
         save_nifti(folder / name, volumes_of(finished.data, number + 1)[0])
@@ -318,6 +322,7 @@ def test_interrupted_prediction_goes_on_and_later_scans_add_rows(finished, predi
     assert [r["participant_id"] for r in rows] == ["sub-M2208", "sub-case7", "sub-patient12"]
     for row in rows:  # from where the table lies
         assert nib.load(out / "logs" / row["mask"]).shape == (24, 28, 20)
+        assert Path(row["scan"]).parent == tmp_path / folder
     table, before = out / "logs" / "participants_pvs.csv", {}
     lines = table.read_text().splitlines(keepends=True)
     table.write_text("".join(lines[:2]))  # as if it had been killed in the second scan
