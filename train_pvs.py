@@ -2575,6 +2575,104 @@ def make_demo_data(folder, seed):
     write_json(marker, description)
 
 
+# -------------------------------------------------------------------------------------- Prediction
+
+
+def warn_of_doubts(case, entry, cautions, contents):
+    """Warn of what is odd in a scan, and of what sets it apart from the training scans."""
+    for caution in cautions:
+        log.warning("Warning: %s", caution)
+    facts = contents[0][1].get("trained_on")  # earlier checkpoints have none
+    if facts:
+        spacing = ras_spacing(entry["native_affine"].numpy())
+        warn_if_far(case.image, spacing, facts["spacing"], "the training scans' ")
+    if facts and entry["stripped"] != facts["stripped"]:
+        which = "the scan is" if entry["stripped"] else "only the training scans are"
+        log.warning("Warning: %s: %s stripped of the skull", case.image, which)
+
+
+def segment_scan(run, model, case, contents, cfg):
+    """Segment a scan, write and draw its mask; return its row of `participants_pvs.csv`."""
+    image, cautions = read_scan(case.image)
+    entry = to_working_grid({"image": image}, cfg)
+    warn_of_doubts(case, entry, cautions, contents)
+    prob, affine = predict_case(model, entry, cfg)[1], entry["native_affine"].numpy()
+    pred = decide(prob, affine, cfg)
+    mask = write_prediction(run, case, pred, prob, cfg)
+    count, volume = ndimage.label(pred, TOUCHING)[1], volume_ml(pred, affine)
+    title = f"{case.name}: {count} PVS, {volume:.3f} ml predicted\nnative grid, "
+    title += f"{spacing_words(ras_spacing(affine))}\npredicted on the {describe_grid(cfg)}"
+    title += f"\nnetwork trained on: {training_set(contents)}"
+    draw_case(run, case, np.asarray(image[0]), affine, {"prediction": pred}, title)
+    found, every = hash_voxels(image), [content for _, content in contents]
+    seen = [part for part in ("train", "val", "test") if found in seen_hashes(every, part)]
+    row = {"participant_id": case.subject, "name": case.name, "count": count, "volume_ml": volume}
+    row |= {"seen_in": "".join(seen[:1]), "trained_on": training_set(contents)}
+    row |= {"scan": os.path.abspath(case.image), "scan_sha256": hash_file(case.image)}
+    return row | {"mask": os.path.relpath(mask, run.burden.parent)}
+
+
+def training_set(contents):
+    """Return the names of the data sets that checkpoints were trained on."""
+    known = [(content.get("trained_on", {}), content["config"]) for _, content in contents]
+    sets = {facts.get("data_set") or Path(saved["DATA_DIR"]).name for facts, saved in known}
+    return ", ".join(sorted(sets))
+
+
+def read_done(run, cases, made):
+    """Return the rows, {name: row}, of the scans that a former --predict into this folder has done.
+
+    A ValueError where it holds masks by another network, or of other scans with the same names.
+    """
+    remedy = "Choose another --output-dir, or replace them with --overwrite."
+    try:
+        former = read_json(run.description)["GeneratedBy"][0]["Description"]
+    except (OSError, ValueError, LookupError, TypeError):
+        former = None
+    require(former == made, f"{run.folder}: has masks by other weights or settings. {remedy}")
+    rows = {}
+    if run.burden.exists():
+        with open(run.burden, encoding="utf-8", newline="") as file:
+            rows = {row["name"]: row for row in csv.DictReader(file)}
+    rows = {n: row for n, row in rows.items() if (run.burden.parent / row["mask"]).exists()}
+    problems = [
+        f"{case.image}: expected the scan that {case.name} was, {rows[case.name]['scan']}"
+        for case in cases
+        if case.name in rows and hash_file(case.image) != rows[case.name]["scan_sha256"]
+    ]
+    raise_problems(problems, remedy)
+    return rows
+
+
+def predict_scans(run, model, cases, contents, rows, cfg):
+    """Segment scans one at a time; return the exit status, 1 where one could not be done.
+
+    `rows`: of those that are done, {name: row}. Scans that cannot be read, or are too large for
+    the memory, are named at the end.
+    """
+    problems, waiting = [], [case for case in cases if case.name not in rows]
+    if len(waiting) < len(cases):
+        log.info("Done before     %d of %d scans", len(cases) - len(waiting), len(cases))
+    scans = {case.image for case in cases} | {row["scan"] for row in rows.values()}
+    write_description(run, scans, describe_prediction(contents, cfg))
+    for case in Progress(waiting, "predicting"):
+        try:
+            row = rows[case.name] = segment_scan(run, model, case, contents, cfg)
+            write_csv(run.burden, [*rows.values()])
+            log.info("%(name)s: %(count)d PVS, %(volume_ml).3f ml", row)
+        except ValueError as error:
+            problems.append(str(error))
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            problems.append(f"{case.image}: memory ran out; {OUT_OF_MEMORY}")
+    segmented = len(cases) - len(problems)
+    log.info("%d of %d scans are segmented in %s", segmented, len(cases), run.folder.resolve())
+    for problem in problems:
+        log.error("Not segmented: %s", problem)
+    return 1 if problems else 0
+
+
 # -------------------------------------------------------------------------------------------- Main
 
 FAILURES = (ValueError, OSError, EOFError, ArithmeticError, RuntimeError, MemoryError)
@@ -2741,101 +2839,6 @@ def evaluate(run, model, cases, contents, cfg):
     return 0
 
 
-def warn_of_doubts(case, entry, cautions, contents):
-    """Warn of what is odd in a scan, and of what sets it apart from the training scans."""
-    for caution in cautions:
-        log.warning("Warning: %s", caution)
-    facts = contents[0][1].get("trained_on")  # earlier checkpoints have none
-    if facts:
-        spacing = ras_spacing(entry["native_affine"].numpy())
-        warn_if_far(case.image, spacing, facts["spacing"], "the training scans' ")
-    if facts and entry["stripped"] != facts["stripped"]:
-        which = "the scan is" if entry["stripped"] else "only the training scans are"
-        log.warning("Warning: %s: %s stripped of the skull", case.image, which)
-
-
-def segment_scan(run, model, case, contents, cfg):
-    """Segment a scan, write and draw its mask; return its row of `participants_pvs.csv`."""
-    image, cautions = read_scan(case.image)
-    entry = to_working_grid({"image": image}, cfg)
-    warn_of_doubts(case, entry, cautions, contents)
-    prob, affine = predict_case(model, entry, cfg)[1], entry["native_affine"].numpy()
-    pred = decide(prob, affine, cfg)
-    mask = write_prediction(run, case, pred, prob, cfg)
-    count, volume = ndimage.label(pred, TOUCHING)[1], volume_ml(pred, affine)
-    title = f"{case.name}: {count} PVS, {volume:.3f} ml predicted\nnative grid, "
-    title += f"{spacing_words(ras_spacing(affine))}\npredicted on the {describe_grid(cfg)}"
-    title += f"\nnetwork trained on: {training_set(contents)}"
-    draw_case(run, case, np.asarray(image[0]), affine, {"prediction": pred}, title)
-    found, every = hash_voxels(image), [content for _, content in contents]
-    seen = [part for part in ("train", "val", "test") if found in seen_hashes(every, part)]
-    row = {"participant_id": case.subject, "name": case.name, "count": count, "volume_ml": volume}
-    row |= {"seen_in": "".join(seen[:1]), "trained_on": training_set(contents)}
-    row |= {"scan": os.path.abspath(case.image), "scan_sha256": hash_file(case.image)}
-    return row | {"mask": os.path.relpath(mask, run.burden.parent)}
-
-
-def training_set(contents):
-    """Return the names of the data sets that checkpoints were trained on."""
-    known = [(content.get("trained_on", {}), content["config"]) for _, content in contents]
-    sets = {facts.get("data_set") or Path(saved["DATA_DIR"]).name for facts, saved in known}
-    return ", ".join(sorted(sets))
-
-
-def read_done(run, cases, made):
-    """Return the rows, {name: row}, of the scans that a former --predict into this folder has done.
-
-    A ValueError where it holds masks by another network, or of other scans with the same names.
-    """
-    remedy = "Choose another --output-dir, or replace them with --overwrite."
-    try:
-        former = read_json(run.description)["GeneratedBy"][0]["Description"]
-    except (OSError, ValueError, LookupError, TypeError):
-        former = None
-    require(former == made, f"{run.folder}: has masks by other weights or settings. {remedy}")
-    rows = {}
-    if run.burden.exists():
-        with open(run.burden, encoding="utf-8", newline="") as file:
-            rows = {row["name"]: row for row in csv.DictReader(file)}
-    rows = {n: row for n, row in rows.items() if (run.burden.parent / row["mask"]).exists()}
-    problems = [
-        f"{case.image}: expected the scan that {case.name} was, {rows[case.name]['scan']}"
-        for case in cases
-        if case.name in rows and hash_file(case.image) != rows[case.name]["scan_sha256"]
-    ]
-    raise_problems(problems, remedy)
-    return rows
-
-
-def predict_scans(run, model, cases, contents, rows, cfg):
-    """Segment scans one at a time; return the exit status, 1 where one could not be done.
-
-    `rows`: of those that are done, {name: row}. Scans that cannot be read, or are too large for
-    the memory, are named at the end.
-    """
-    problems, waiting = [], [case for case in cases if case.name not in rows]
-    if len(waiting) < len(cases):
-        log.info("Done before     %d of %d scans", len(cases) - len(waiting), len(cases))
-    scans = {case.image for case in cases} | {row["scan"] for row in rows.values()}
-    write_description(run, scans, describe_prediction(contents, cfg))
-    for case in Progress(waiting, "predicting"):
-        try:
-            row = rows[case.name] = segment_scan(run, model, case, contents, cfg)
-            write_csv(run.burden, [*rows.values()])
-            log.info("%(name)s: %(count)d PVS, %(volume_ml).3f ml", row)
-        except ValueError as error:
-            problems.append(str(error))
-        except (MemoryError, RuntimeError) as error:
-            if not lacks_memory(error):
-                raise
-            problems.append(f"{case.image}: memory ran out; {OUT_OF_MEMORY}")
-    segmented = len(cases) - len(problems)
-    log.info("%d of %d scans are segmented in %s", segmented, len(cases), run.folder.resolve())
-    for problem in problems:
-        log.error("Not segmented: %s", problem)
-    return 1 if problems else 0
-
-
 def restore_configs(contents, cfg, options):
     """Return the Config of [(path, checkpoint)] together; of thresholds and sizes the mean."""
     configs = [asdict(restore_config(content, path, cfg, options)) for path, content in contents]
@@ -2859,6 +2862,16 @@ def choose_test_cases(cases, contents):
     if left_out:
         log.info("Not tested on   %s: trained or chosen with", " ".join(left_out))
     return [case for case in cases if case.sha256 not in used]
+
+
+def log_weights(contents):
+    """Print where weights are from; warn of those that found nothing."""
+    for row in (content["history_row"] for _, content in contents):
+        dice = row["val_dice"] and f"{row['val_dice']:.4f} on the working grid"
+        log.info("Weights         epoch %d, validation Dice %s", row["epoch"], dice)
+        if row["val_dice"] == 0:
+            log.warning("Warning: these weights found no PVS in validation; expect empty masks")
+    log.info("Trained on      %s", training_set(contents))
 
 
 def set_up_trained(cfg, options):
@@ -2889,13 +2902,8 @@ def set_up_trained(cfg, options):
     if not own and not goes_on:
         run.clear()  # --overwrite
     log_settings(cfg, options, f"{command}, checkpoint {', '.join(map(str, paths))}")
-    for row in (content["history_row"] for _, content in contents):
-        dice = row["val_dice"] and f"{row['val_dice']:.4f} on the working grid"
-        log.info("Weights         epoch %d, validation Dice %s", row["epoch"], dice)
-        if row["val_dice"] == 0:
-            log.warning("Warning: these weights found no PVS in validation; expect empty masks")
+    log_weights(contents)
     if options.predict:
-        log.info("Trained on      %s", training_set(contents))
         log_plan(run, cfg, models, f"{len(cases)} to segment")
         return functools.partial(predict_scans, run, models, cases, contents, done, cfg)
     log.info("Data            %s", data_set_name(cfg))
