@@ -387,6 +387,9 @@ def parse_command_line(argv):
     options.recipe = "demo" if options.demo else options.recipe or "published"
     options.every_fold = vars(options).get("FOLD") == "all"
     if options.every_fold:
+        told = "--fold all: expected --folds as well, and a training"
+        require(int(vars(options).get("FOLDS", Config.FOLDS)) > 1, told)
+        require(not (options.evaluate or options.predict), told)
         options.FOLD = "1"
     sources = (Config(), parser.parse_args(RECIPES[options.recipe].split()), options)
     in_file, of_recipe, given = (convert_all(vars(source), problems) for source in sources)
@@ -775,7 +778,7 @@ def find_files(folder, pattern):
     """
     try:
         found = [p for p in sorted(Path(folder).glob(pattern)) if p.name.endswith(NIFTI)]
-        return [str(p) for p in found if "/." not in f"/{p.relative_to(folder)}"]
+        return [str(p) for p in found if not re.search(r"/\.[^./]", f"/{p.relative_to(folder)}")]
     except (ValueError, IndexError, NotImplementedError) as error:
         raise ValueError(f"{pattern}: expected a pattern for files ({error})") from None
 
@@ -837,12 +840,13 @@ def find_cases(cfg):
 def find_scans(places, cfg):
     """Return the cases, without a label, of the files and BIDS folders to be segmented."""
     pairs, problems = [], []
-    for place in places:
+    for place in map(os.path.abspath, places):
         is_scan = place.endswith(NIFTI) and os.path.isfile(place)
         found = [place] if is_scan else find_files(place, cfg.IMAGE_GLOB)
         found = found or find_files(place, "*")  # of a plain folder
         told = f"a .nii or .nii.gz file, or a folder of them, or with scans {cfg.IMAGE_GLOB} "
-        told += "(--image-glob)" if os.path.exists(place) else "; there is no such file or folder"
+        lost = "; there is no such file or folder (with DataLad: datalad get)"
+        told += "(--image-glob)" if os.path.exists(place) else lost
         if os.path.realpath(place) == os.path.realpath(cfg.OUTPUT_DIR):
             found, told = [], "another folder than OUTPUT_DIR"
         problems += [] if found else [f"{place}: expected {told}"]
@@ -863,11 +867,17 @@ def look_inside(path):
     """Return what a file that is no NIfTI file holds instead, where its first bytes tell."""
     if os.path.isfile(path) and os.access(path, os.R_OK):
         with open(path, "rb") as file:
-            start, zipped = file.read(16), str(path).endswith(".gz")
-        if start.startswith(b"/annex/objects"):
+            start, zipped = file.read(400), str(path).endswith(".gz")
+        if b"annex/objects" in start:
             return "git-annex has not fetched it: datalad get"
-        if start and zipped != start.startswith(b"\x1f\x8b"):
-            return "it is not gzipped: name it .nii" if zipped else "it is gzipped: name it .nii.gz"
+        if b"git-lfs" in start:
+            return "git has not fetched it: git lfs pull"
+        if zipped and start[:4] in [
+            n.to_bytes(4, e) for n in (348, 540) for e in ("little", "big")
+        ]:
+            return "it is not gzipped: name it .nii"
+        if start.startswith(b"\x1f\x8b") and not zipped:
+            return "it is gzipped: name it .nii.gz"
     return ""
 
 
@@ -928,7 +938,9 @@ def readings(header):
     Slicer, nnU-Net) prefer the qform to an sform of another code than 1, have the identity where
     there is no code, and take the voxel's sides from pixdim (seen with SimpleITK 2.5).
     """
-    found = {"sform": header.get_sform(coded=True)[0], "qform": header.get_qform(coded=True)[0]}
+    found = {"sform": header.get_sform(coded=True)[0], "qform": None}
+    with suppress(ValueError):  # a quaternion that was rounded
+        found["qform"] = header.get_qform(coded=True)[0]
     itk = found["sform" if header["sform_code"] == 1 or found["qform"] is None else "qform"]
     itk = np.diag([-1.0, -1, 1, 1]) if itk is None else itk.copy()  # its axes: left, back, up
     itk[:3, :3] *= np.divide(header.get_zooms()[:3], nib.affines.voxel_sizes(itk))
@@ -939,7 +951,8 @@ def readings(header):
 def read_scan(path):
     """Return the volume of `read_volume`, and what to warn of; a ValueError where it shows no head.
 
-    Neighbours in noise differ; it is their ranks that are compared, since a few voxels may be hot.
+    Neighbours in noise differ. Their ranks are compared too, since a few voxels may be hot; in much
+    air it is not by ranks that a small head shows.
     """
     image, header = read_volume(path), read_header(path)[0].header
     volume = np.asarray(image)[0]
@@ -948,7 +961,7 @@ def read_scan(path):
     pair = [volume[start : len(volume) // 2 * 2 : 2, ::2, ::2].ravel() for start in (0, 1)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of half a volume that is constant
-        alike = stats.spearmanr(*pair).statistic >= 0.2
+        alike = np.corrcoef(pair)[0, 1] >= 0.2 or stats.spearmanr(*pair).statistic >= 0.2
     require(alike, f"{path}: expected a head, got nothing but noise")
     sides, pixdim = nib.affines.voxel_sizes(image.affine.numpy()), header.get_zooms()[:3]
     told = f"its pixdim says {spacing_words(pixdim)} a voxel, its affine {spacing_words(sides)}"
@@ -966,7 +979,7 @@ def read_label(path):
     """
     label, stored = read_volume(path), read_header(path)[0].dataobj
     whole, step = label.round(), abs(stored.slope) if stored.dtype.kind in "iu" else 0
-    good = (label - whole).abs() <= step / 2
+    good = (label - whole).abs() <= max(step / 2, 1e-3)
     require(good.all(), f"{path}: expected whole numbers in a mask, got fractions")
     values, counts = np.unique(np.asarray(whole[whole < 0]), return_counts=True)
     told = ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(values[:5], counts, strict=False))
@@ -994,20 +1007,21 @@ def read_pair(case):
     scan, mask = (readings(read_header(path)[0].header) for path in (case.image, case.label))
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
     shifts = {}  # in voxels
-    for (own, affine), (its, other) in itertools.product(scan.items(), mask.items()):
+    other = next(iter(mask.values()))  # more of the mask's would let shifted and mirrored ones in
+    for name, affine in scan.items():
         moved = np.linalg.solve(affine, other @ corners) - corners
-        shifts[own, its] = np.linalg.norm(moved[:3], axis=0).max()
+        shifts[name] = np.linalg.norm(moved[:3], axis=0).max()
     used, best = next(iter(shifts)), min(shifts, key=shifts.get)
     shift = shifts[used]
     told = f"{case.label}: its affine puts corners {shift:.2f} voxels from the scan's"
     if shift <= 0.5:
         cautions += [f"{told}; the scan's is used for both"] if shift > 0.1 else []
     else:
-        axes, own = ("".join(nib.aff2axcodes(next(iter(a.values())))) for a in (mask, scan))
+        axes, own = ("".join(nib.aff2axcodes(a)) for a in (other, scan[used]))
         tried = f"axes {axes}, the scan's are {own}; tried: {', '.join(scan)}"
         require(shifts[best] <= 0.5, f"{told}, expected at most 0.5 ({tried})")
-        told += f" by the {used[0]}, but it fits the scan's {best[0]}, as other programs read it"
-        cautions.append(f"{told}; paired voxel by voxel, placed by the scan's {used[0]}")
+        told += f" {used}, but it fits the scan's {best}, as programs with ITK have it"
+        cautions.append(f"{told}; paired voxel by voxel, placed by the {used}")
     volumes["label"].affine = volumes["image"].affine
     return volumes, cautions
 
@@ -1118,7 +1132,7 @@ def darken_background(image):
     """Return (a scan (1, X, Y, Z), whether the skull is stripped from it).
 
     Where most of the volume's faces have one value, of any rank, that is its background. In a
-    stripped scan, or if it is as bright as tissue, it becomes darker than all the rest, like air.
+    stripped scan it becomes darker than all the rest; in others as dark, if it was like tissue.
     """
     volume = np.asarray(image)[0]
     faces = np.concatenate([np.take(volume, [0, -1], axis).ravel() for axis in range(3)])
@@ -1129,10 +1143,12 @@ def darken_background(image):
     parts, _ = ndimage.label(np.abs(volume - value) <= 1e-6 * np.ptp(volume))
     outside = (np.bincount(parts.ravel()) > 26)[parts] & (parts > 0)  # brain may have a few
     low, high = np.percentile(volume[~outside], (0.5, 99.5))
-    stripped = volume_ml(~outside, image.affine.numpy()) < LARGEST_BRAIN
+    touching = [np.take(~outside, side, axis).mean() for axis in range(3) for side in (0, -1)]
+    small = volume_ml(~outside, image.affine.numpy()) < LARGEST_BRAIN
+    stripped = bool(small and max(touching) < 0.03)  # necks and slabs end at a face
     if high > low and (stripped or value > low + 0.15 * (high - low)):
         image = image.clone()
-        image[:, outside] = low - 0.2 * (high - low)
+        image[:, outside] = low - (0.2 * (high - low) if stripped else 0)
     return image, stripped
 
 
@@ -2258,7 +2274,8 @@ def write_nifti(path, volume, scan_path):
     for name in filter(geometry.match, scan.header):
         header[name] = scan.header[name]
     header.set_data_dtype(volume.dtype)
-    nifti = type(scan)(volume.reshape(scan.shape), None, header)
+    shape = scan.shape if math.prod(scan.shape) else volume.shape
+    nifti = type(scan)(volume.reshape(shape), None, header)
     write_file(path, gzip.compress(nifti.to_bytes(), 4, mtime=0))
 
 
@@ -2275,11 +2292,13 @@ def write_prediction(run, case, pred, prob, cfg):
 
 def describe_prediction(contents, cfg):
     """Return in words what makes a mask of a scan, the weights by a hash."""
-    digest = hashlib.sha256()
+    digests = []
     for _, content in contents:
+        digest = hashlib.sha256()
         for weights in content["model"].values():
             digest.update(weights.contiguous().flatten().view(torch.uint8).numpy())
-    made = f"{describe_network(cfg)}, weights {digest.hexdigest()[:16]}, {describe_grid(cfg)}, "
+        digests.append(digest.hexdigest()[:16])
+    made = f"{describe_network(cfg)}, weights {' '.join(sorted(digests))}, {describe_grid(cfg)}, "
     made += f"TTA_FLIPS {cfg.TTA_FLIPS}; mask where above {cfg.THRESHOLD:g}, "
     return made + f"without components below {cfg.SMALLEST_PVS:g} mm3"
 
@@ -2588,7 +2607,7 @@ def warn_of_doubts(case, entry, cautions, contents):
         warn_if_far(case.image, spacing, facts["spacing"], "the training scans' ")
     if facts and entry["stripped"] != facts["stripped"]:
         which = "the scan is" if entry["stripped"] else "only the training scans are"
-        log.warning("Warning: %s: %s stripped of the skull", case.image, which)
+        log.warning("Warning: %s: %s stripped of the skull, it seems", case.image, which)
 
 
 def segment_scan(run, model, case, contents, cfg):
@@ -2606,10 +2625,9 @@ def segment_scan(run, model, case, contents, cfg):
     draw_case(run, case, np.asarray(image[0]), affine, {"prediction": pred}, title)
     found, every = hash_voxels(image), [content for _, content in contents]
     seen = [part for part in ("train", "val", "test") if found in seen_hashes(every, part)]
-    row = {"participant_id": case.subject, "name": case.name, "count": count, "volume_ml": volume}
-    row |= {"seen_in": "".join(seen[:1]), "trained_on": training_set(contents)}
-    row |= {"scan": os.path.abspath(case.image), "scan_sha256": hash_file(case.image)}
-    return row | {"mask": os.path.relpath(mask, run.burden.parent)}
+    row = case.subject, case.name, count, volume, "".join(seen[:1]), training_set(contents)
+    row += case.image, hash_file(case.image), os.path.relpath(mask, run.logs)
+    return dict(zip(PREDICTED, row, strict=True))
 
 
 def training_set(contents):
@@ -2619,7 +2637,11 @@ def training_set(contents):
     return ", ".join(sorted(sets))
 
 
-def read_done(run, cases, made):
+PREDICTED = ("participant_id", "name", "count", "volume_ml", "seen_in", "trained_on", "scan")
+PREDICTED += ("scan_sha256", "mask")  # columns of participants_pvs.csv
+
+
+def read_done(run, cases, made, cfg):
     """Return the rows, {name: row}, of the scans that a former --predict into this folder has done.
 
     A ValueError where it holds masks by another network, or of other scans with the same names.
@@ -2630,11 +2652,17 @@ def read_done(run, cases, made):
     except (OSError, ValueError, LookupError, TypeError):
         former = None
     require(former == made, f"{run.folder}: has masks by other weights or settings. {remedy}")
-    rows = {}
+    rows, asked = {}, {case.name for case in cases}
+    kinds = ("mask", "probseg") if cfg.SAVE_PROBABILITIES else ("mask",)
     if run.burden.exists():
-        with open(run.burden, encoding="utf-8", newline="") as file:
-            rows = {row["name"]: row for row in csv.DictReader(file)}
-    rows = {n: row for n, row in rows.items() if (run.burden.parent / row["mask"]).exists()}
+        text = io.StringIO(run.burden.read_text(encoding="utf-8-sig", errors="replace"), newline="")
+        for row in csv.DictReader(text):
+            told = f"{run.burden}: expected the table as it was written"
+            whole = all(row.get(key) is not None for key in PREDICTED)
+            require(whole, f"{told}, with {', '.join(PREDICTED)}. {remedy}")
+            files = [row["mask"].replace("_mask.nii", f"_{kind}.nii") for kind in kinds]
+            if row["name"] not in asked or all((run.logs / file).exists() for file in files):
+                rows[row["name"]] = {key: row[key] for key in PREDICTED}
     problems = [
         f"{case.image}: expected the scan that {case.name} was, {rows[case.name]['scan']}"
         for case in cases
@@ -2661,7 +2689,8 @@ def predict_scans(run, model, cases, contents, rows, cfg):
             write_csv(run.burden, [*rows.values()])
             log.info("%(name)s: %(count)d PVS, %(volume_ml).3f ml", row)
         except ValueError as error:
-            problems.append(str(error))
+            named = case.image in str(error)
+            problems.append(str(error) if named else f"{case.image}: {error}")
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
@@ -2898,7 +2927,7 @@ def set_up_trained(cfg, options):
     replaceable = options.overwrite or own or goes_on
     run.open(command.split("-")[0], replaceable, options.overwrite and not own)
     wait_for_all()
-    done = read_done(run, cases, describe_prediction(contents, cfg)) if goes_on else {}
+    done = read_done(run, cases, describe_prediction(contents, cfg), cfg) if goes_on else {}
     if not own and not goes_on:
         run.clear()  # --overwrite
     log_settings(cfg, options, f"{command}, checkpoint {', '.join(map(str, paths))}")
@@ -2927,8 +2956,12 @@ def tell_failure(error, cfg, options, begun):
     way_on = "No epoch was finished: run the same command again, with --overwrite."
     if not begun:
         way_on = "Nothing had begun: run the same command again."
-    elif options.evaluate or options.predict:
+    elif options.predict:
+        way_on = "Run the same command again: it goes on, if --overwrite is not among it."
+    elif options.evaluate:
         way_on = "Run the same command again; add --overwrite if the folder holds results."
+    elif options.every_fold:
+        way_on = "Go on with the same command and --resume; folds not begun are run anew."
     elif Run(cfg.OUTPUT_DIR).last.exists():
         way_on = "Go on with the same command and --resume."
     if stop_signals or isinstance(error, KeyboardInterrupt):
@@ -2964,23 +2997,25 @@ def run_folds(argv, cfg):
     """Run all folds one after another; return the highest exit status, at once above 1."""
     status, top = 0, Path(cfg.OUTPUT_DIR).parent
     for fold in range(1, cfg.FOLDS + 1):
-        begun = Run(top / f"fold-{fold}").last.exists()
-        own = [flag for flag in argv if flag != "--resume" or begun]
-        status = max(status, main([*own, "--fold", str(fold)]))
+        own = [*argv, "--fold", str(fold)]
+        if "--resume" in argv and not Run(top / f"fold-{fold}").last.exists():
+            own = [flag for flag in own if flag != "--resume"] + ["--overwrite"]  # no epoch's
+        status = max(status, main(own, every_fold=True))
         if status > 1:
             break
     return status
 
 
-def main(argv=None):
+def main(argv=None, every_fold=False):
     """Run the pipeline that the command line asks for; return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with logging_to_screen(), stopping_on_signals():
         cfg = options = work = None
         try:
             cfg, options = parse_command_line(argv)
-            trained = options.evaluate or options.predict
-            if not options.every_fold:
+            trained, begins = options.evaluate or options.predict, options.every_fold
+            options.every_fold |= every_fold  # this is one of them
+            if not begins:
                 with joined_processes(cfg):
                     work = (set_up_trained if trained else set_up_training)(cfg, options)
                     status = work()

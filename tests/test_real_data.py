@@ -97,6 +97,12 @@ def test_mask_that_fits_no_reading_is_refused_with_those_that_were_tried(data, r
     save_nifti(mask, label, flipped)
     told = ("axes LAS, the scan's are RAS", "tried: sform, qform, ITK's reading")
     refused(run("--check"), mask, *told)
+    # Nor are those taken whose own qform alone fits: shifted or mirrored since it was written.
+    coded(scan, image, SCANNER, SCANNER, (1, 1))
+    shifted = nib.affines.from_matvec(np.eye(3), (0, 4.5, 0)) @ SCANNER
+    for voxels, affine in ((np.roll(label, -5, 1), shifted), (label[::-1], flipped)):
+        coded(mask, voxels, SCANNER, affine, (1, 2))
+        refused(run("--check"), mask)
 
 
 def test_readings_without_codes_or_with_another_pixdim_are_warned_of_once(data, run, predictor):
@@ -120,6 +126,7 @@ def test_odd_numbers_beside_a_whole_sform_change_nothing(data):
         (80, "<3f", -1.0, 1.0, 1.0),  # pixdim
         (80, "<3f", 0.0, 0.0, 0.0),
         (40, "<5h", 4, 24, 28, 20, 0),  # dim: four axes, the last of length 0
+        (256, "<3f", 0.707107, 0.707107, 0.0),  # a quaternion that was rounded
     ):
         odd = bytearray(whole)
         struct.pack_into(form, odd, place, *numbers)
@@ -127,6 +134,9 @@ def test_odd_numbers_beside_a_whole_sform_change_nothing(data):
         volume, _ = train_pvs.read_scan(scan)
         assert torch.equal(volume.as_tensor(), plain.as_tensor())
         assert torch.equal(volume.affine, plain.affine)
+        assert train_pvs.readings(nib.load(scan).header)
+        train_pvs.write_nifti(data / "mask.nii.gz", np.ones((24, 28, 20), np.uint8), scan)
+        assert nib.load(data / "mask.nii.gz").shape == (24, 28, 20)
 
 
 def kinds_of_scan(head, brain):
@@ -135,6 +145,8 @@ def kinds_of_scan(head, brain):
     low, high = head[brain].min(), head[brain].max()
     yield "whole head", head, False
     yield "whole head, z-scored", z, False
+    yield "whole head, z-scored, 0 around it", np.pad(z[4:-4, 4:-4, 4:-4], 4), False
+    yield "slab of a head without noise", np.where(head > 99, head, 0)[:, :, 30:60], False
     yield "stripped", np.where(brain, head, 0), True
     yield "stripped, z-scored, background 0", np.where(brain, z, 0), True
     yield "stripped, z-scored, background lowest", np.where(brain, z, z[brain].min()), True
@@ -149,11 +161,12 @@ def test_brain_keeps_its_contrast_in_every_kind_of_scan(tiny_config):
     head = train_pvs.simulate_head(rng)[0].astype(np.float32)
     _, white, basal = train_pvs.simulate_tissue(np.random.default_rng(5), shape)
     brain = train_pvs.ndimage.binary_closing(white | basal, iterations=6)
-    plain, affine = {}, torch.eye(4, dtype=torch.float64)
+    plain, affine = {}, torch.diag(torch.tensor([2, 2, 2, 1.0])).double()
     for name, volume, stripped in kinds_of_scan(head, brain):
         volume = torch.from_numpy(volume.astype(np.float32))[None]
-        scan = {"image": MetaTensor(volume, affine), "label": MetaTensor(brain[None], affine)}
-        entry = train_pvs.to_working_grid(scan, tiny_config(PIX_DIM=(1.0, 1.0, 1.0)))
+        part = brain if volume.shape[1:] == brain.shape else brain[:, :, 30:60]
+        scan = {"image": MetaTensor(volume, affine), "label": MetaTensor(part[None], affine)}
+        entry = train_pvs.to_working_grid(scan, tiny_config(PIX_DIM=(2.0, 2.0, 2.0)))
         values = entry["image"][entry["label"] > 0]
         clipped = [float((values <= 0).float().mean()), float((values >= 1).float().mean())]
         assert max(clipped) <= 0.01, (name, clipped)
@@ -162,7 +175,7 @@ def test_brain_keeps_its_contrast_in_every_kind_of_scan(tiny_config):
         first = plain.setdefault(stripped, entry["image"])
         if first.shape == entry["image"].shape:
             assert float((first - entry["image"]).abs().mean()) < 0.01, name
-        assert entry["label"].sum() == brain.sum()
+        assert entry["label"].sum() == part.sum()
     corners = entry["image"][0][[0, 0, -1, -1], [0, -1, 0, -1], 0]
     assert corners.tolist() == [0, 0, 0, 0]
 
@@ -174,6 +187,9 @@ def test_a_few_hot_voxels_are_no_noise(data, run):
         hot.flat[np.random.default_rng(0).integers(hot.size, size=count)] = 1e6
         save_nifti(scan, hot)
     done(run("--check"))
+    small = np.hypot(*np.random.default_rng(0).normal(0, 10, (2, 72, 84, 60)))  # much noisy air
+    small[24:48, 28:56, 20:40] += image
+    assert train_pvs.read_scan(save_nifti(data / "small.nii", small.astype(np.int16)))
     save_nifti(scan, np.random.default_rng(0).normal(size=hot.shape).astype(np.float32))
     refused(run("--check"), scan, "nothing but noise")
 
@@ -214,6 +230,9 @@ def test_hidden_files_are_no_scans_and_no_masks(data, run, predictor):
     shutil.copytree(data / "sub-002", data / ".trash" / "sub-002")
     assert "2 train, 1 val, 1 test" in done(run("--check"))
     assert "4 of 4 scans" in done(predictor(data))
+    (data / "bids").mkdir()
+    flags = ("--image-glob", "../sub-*/anat/*_T2w.nii.gz", "--label-glob")  # no hidden places
+    done(call("--check", *flags, "../derivatives/*/*/*.nii.gz", "--data-dir", data / "bids"))
 
 
 def test_pointers_and_wrong_endings_are_told_and_a_byte_order_mark_is_read(data, run, tmp_path):
@@ -250,7 +269,8 @@ def test_flags_that_go_wrong_say_what_would_be_right(data, run, tmp_path):
     assert "did you mean --overwrite?" in refused(call("--overwite"))
     refused(run("--folds", 3), "give --fold 1 to 3 as well, or --fold all, got 0")
     refused(run("--fold", 2), "FOLD", "--folds as well")
-    refused(run("--fold", "all"), "FOLD")
+    for flags in ([], ["--resume"], ["--evaluate", "--folds", 3]):
+        refused(run(*flags, "--fold", "all"), "--fold all: expected --folds as well")
 
 
 def test_all_folds_run_one_after_another_and_go_on(data, run, tmp_path):
@@ -258,7 +278,7 @@ def test_all_folds_run_one_after_another_and_go_on(data, run, tmp_path):
         trained(run(*flags, "--fold", "all"))
         pooled = json.loads((tmp_path / "out" / "cross_validation.json").read_text())
         assert (pooled["finished"], pooled["n"]) == ([1, 2, 3], 4)
-        shutil.rmtree(tmp_path / "out" / "fold-3")  # the last was not begun
+        shutil.rmtree(tmp_path / "out" / "fold-3" / "checkpoints")  # as if it had just begun
     refused(run("--folds", 3, "--fold", "all"), "fold-1", "--overwrite")
 
 
@@ -342,6 +362,14 @@ def test_interrupted_prediction_goes_on_and_later_scans_add_rows(
     refused(predictor(folder), folder / names[0], "expected the scan that sub-M2208 was")
     refused(predictor(folder, "--threshold", 0.4), "by other weights or settings", "--overwrite")
     assert table.read_text() == whole
+    others = [folder / name for name in names[1:]]
+    table.write_text(whole.replace(",", ";"))  # as some programs save it
+    refused(predictor(*others), table, "expected the table as it was written")
+    lines, ages = whole.splitlines(), ("age", 5, 6, 7, 8)  # with a column of its own
+    table.write_text("\n".join(f"{a},{line}" for a, line in zip(ages, lines, strict=True)))
+    done(predictor(*others, "--save-probabilities"))
+    assert len(list(out.rglob("*_probseg.nii.gz"))) == 2
+    assert [list(row) for row in table_of(out)] == 4 * [list(train_pvs.PREDICTED)]
     assert "3 of 3" in done(predictor(folder, "--overwrite"))
     assert len(table_of(out)) == 3
 
