@@ -5,7 +5,7 @@
     python train_pvs.py --demo           the whole pipeline on simulated heads: CPU, minutes
     python train_pvs.py --resume         go on after an interruption
     python train_pvs.py --evaluate       test and draw again from the best weights
-    python train_pvs.py --predict SCAN   segment new scans, files or BIDS folders
+    python train_pvs.py --predict SCAN   segment new scans, files or folders
     torchrun --nproc_per_node=4 train_pvs.py   the same on several GPUs
 
 The method: build_transforms (scan to network), build_train_transforms (patches), build_model,
@@ -117,7 +117,7 @@ class Split(Settings):
     VAL_FRACTION: float = 0.0526  # of the other subjects, rounded up
     SPLIT: str = ""  # JSON file with the subjects of train, val and test; empty: drawn with SEED
     FOLDS: int = 0  # of a cross-validation, in which each subject is tested once; 0: none
-    FOLD: int = 0  # the one of FOLDS that this run tests, from 1 on; results in OUTPUT_DIR/fold-N
+    FOLD: int = 0  # the one of FOLDS to test, from 1 on, in OUTPUT_DIR/fold-N; --fold all: each
     SEED: int = 123  # of split, first weights, crops, augmentation and demo data
 
 
@@ -282,7 +282,7 @@ def build_parser():
         (command, "--check", switch, "look the data over, print what a run would use, stop"),
         (command, "--resume", switch, "go on after an interruption, as if there had been none"),
         (command, "--evaluate", switch, "test and draw again, or other scans with --data-dir"),
-        (command, "--predict", files, "segment new scans, files or BIDS folders; trains nothing"),
+        (command, "--predict", files, "segment new scans, files or folders; goes on where it was"),
         (recipe, "--demo", switch, "recipe demo, on simulated heads that it makes itself"),
         (recipe, "--recipe", {"choices": RECIPES}, "set of settings, default: published"),
         (parser, "--checkpoint", files, "weights, not the run's best; of several the mean is used"),
