@@ -272,7 +272,7 @@ def build_parser():
 
     def fail(message):
         wrong = re.search(r"arguments: (--[\w-]+)", message)
-        like = wrong and f", did you mean {nearest(wrong[1], parser._option_string_actions)}?"
+        like = wrong and f" (did you mean {nearest(wrong[1], parser._option_string_actions)}?)"
         require(False, f"{message}{like or ''}; see --help")
 
     parser.error = fail
@@ -343,8 +343,7 @@ def check_config(cfg, problems, starts=True):
     sides = tuple(np.clip(cfg.PIX_DIM, SMALLEST_SIDE, LARGEST_SIDE))
     output, data = map(os.path.realpath, (cfg.OUTPUT_DIR, cfg.DATA_DIR))
     files = (cfg.SPLIT, cfg.INIT_FROM, cfg.ENCODER_WEIGHTS)
-    fold = f"a fold to test: give --fold 1 to {cfg.FOLDS} as well, or --fold all"
-    fold = fold if cfg.FOLDS else "--folds as well, or 0"
+    fold = f"--fold 1 to {cfg.FOLDS} as well, or all" if cfg.FOLDS else "--folds as well, or 0"
     split, start, weights = (not starts or os.path.isfile(file) for file in files)
     rules = [
         *((name, getattr(cfg, name).strip(), "a value") for name in names(Data) | {"OUTPUT_DIR"}),
@@ -370,16 +369,16 @@ def check_config(cfg, problems, starts=True):
             within = np.array_equal(np.clip(getattr(cfg, name), low, high), getattr(cfg, name))
             rules.append((name, within, f"a number from {low} to {high}"))
     for name, good, expected in rules:
+        told = f"{name}: expected {expected}, got {words(getattr(cfg, name))}"
         if not good:
-            problems.setdefault(
-                name, f"{name}: expected {expected}, got {words(getattr(cfg, name))}"
-            )
+            problems.setdefault(name, told)
 
 
 def parse_command_line(argv):
     """Return (Config, options); a flag wins over the recipe, the recipe over Config in this file.
 
-    options.given, .of_recipe, .edited: the settings of flags, recipe, and the file where edited.
+    options.given, .of_recipe, .edited: the settings of flags, recipe, and the file where edited;
+    .every_fold: --fold all.
     A ValueError lists every wrong setting by the name of its field.
     """
     parser, problems = build_parser(), {}
@@ -387,9 +386,6 @@ def parse_command_line(argv):
     options.recipe = "demo" if options.demo else options.recipe or "published"
     options.every_fold = vars(options).get("FOLD") == "all"
     if options.every_fold:
-        told = "--fold all: expected --folds as well, and a training"
-        require(int(vars(options).get("FOLDS", Config.FOLDS)) > 1, told)
-        require(not (options.evaluate or options.predict), told)
         options.FOLD = "1"
     sources = (Config(), parser.parse_args(RECIPES[options.recipe].split()), options)
     in_file, of_recipe, given = (convert_all(vars(source), problems) for source in sources)
@@ -407,6 +403,8 @@ def parse_command_line(argv):
         if source.get("DATA_DIR", "").strip():  # the same from any folder
             source["DATA_DIR"] = os.path.abspath(source["DATA_DIR"])
     cfg = replace(Config(**PUBLISHED), **in_file | of_recipe | given)
+    if options.every_fold and (trained or cfg.FOLDS < 2):
+        problems["FOLD"] = "--fold all: expected --folds as well, and a training"
     if not (options.resume or trained):  # else the checkpoint's settings are checked
         check_config(cfg, problems)
     raise_wrong_settings(problems.values())
@@ -613,7 +611,7 @@ def read_json(path):
 
 
 def write_csv(path, rows):
-    """Write dicts of the same keys as a table; numbers of 6 digits, an empty cell for None."""
+    """Write dicts of the same keys as a table; fractions of 6 digits, an empty cell for None."""
     buffer = io.StringIO(newline="")
     table = ([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
     csv.writer(buffer).writerows([rows[0], *table])
@@ -794,7 +792,9 @@ def make_cases(pairs, problems, remedy):
     cases = {}
     for image, label in pairs:
         found = {"sub": "", "ses": ""} | bids_entities(image)  # these first
-        stem = re.sub("(?i)[_-](T[12][^_]*|PD|FLAIR)$", "", Path(image).name.split(".nii")[0])
+        stem = re.sub(
+            r"(?i)[_-](T[12](?!\d)[^_]*|PD|FLAIR)$", "", Path(image).name.split(".nii")[0]
+        )
         found = found if found["sub"] else {"sub": stem}
         texts = {key: re.sub("[^0-9A-Za-z]", "", text) for key, text in found.items()}
         name = "_".join(f"{key}-{text}" for key, text in texts.items() if text)
@@ -822,13 +822,15 @@ def find_cases(cfg):
     pairs = [(s, m) for s in scans for m in masks if not bare and entities[m] <= entities[s]]
     groups = [("scan for this mask", m, [s for s, mask in pairs if mask == m]) for m in masks]
     groups += [("mask for this scan", s, [m for scan, m in pairs if scan == s]) for s in scans]
-    by_name = {Path(scan).name: scan for scan in scans}
+    paired = {scan for scan, _ in pairs}
+    by_name = {Path(scan).name: scan for scan in scans if scan not in paired or paired == {*scans}}
     for wanted, path, found in [] if bare else groups:
-        if len(found) > 1 or (not found and path in masks):
+        if len(found) > 1:
+            problems.append(f"{path}: expected one {wanted}, found {' and '.join(found)}")
+        elif not found and path in masks:
             near = by_name[nearest(Path(path).name, by_name)]
             own = "_".join(map("-".join, entities[path] - entities[near]))
-            own = f", which has no {own}" if own else ""
-            told = " and ".join(found) or f"none; the nearest is {near}{own}"
+            told = f"none; the nearest is {near}" + f", which has no {own}" * bool(own)
             problems.append(f"{path}: expected one {wanted}, found {told}")
         elif not found and not problems:
             log.warning("Warning: left out, no mask: %s", path)
@@ -838,20 +840,20 @@ def find_cases(cfg):
 
 
 def find_scans(places, cfg):
-    """Return the cases, without a label, of the files and BIDS folders to be segmented."""
+    """Return the cases, without a label, of the files and folders to be segmented."""
     pairs, problems = [], []
     for place in map(os.path.abspath, places):
         is_scan = place.endswith(NIFTI) and os.path.isfile(place)
         found = [place] if is_scan else find_files(place, cfg.IMAGE_GLOB)
         found = found or find_files(place, "*")  # of a plain folder
-        told = f"a .nii or .nii.gz file, or a folder of them, or with scans {cfg.IMAGE_GLOB} "
-        lost = "; there is no such file or folder (with DataLad: datalad get)"
-        told += "(--image-glob)" if os.path.exists(place) else lost
+        told = f"a NIfTI file, a folder of them, or one with scans {cfg.IMAGE_GLOB} (--image-glob)"
+        if not os.path.exists(place):
+            told = "a file or folder, there is none (with DataLad: datalad get)"
         if os.path.realpath(place) == os.path.realpath(cfg.OUTPUT_DIR):
             found, told = [], "another folder than OUTPUT_DIR"
         problems += [] if found else [f"{place}: expected {told}"]
         pairs += [(path, "") for path in found]
-    remedy = "Give NIfTI files and BIDS folders; scans that would bear one name in separate runs."
+    remedy = "Give NIfTI files or folders; scans that would bear one name in separate runs."
     return make_cases(pairs, problems, remedy)
 
 
@@ -865,19 +867,18 @@ def explain(error):
 
 def look_inside(path):
     """Return what a file that is no NIfTI file holds instead, where its first bytes tell."""
-    if os.path.isfile(path) and os.access(path, os.R_OK):
-        with open(path, "rb") as file:
-            start, zipped = file.read(400), str(path).endswith(".gz")
-        if b"annex/objects" in start:
-            return "git-annex has not fetched it: datalad get"
-        if b"git-lfs" in start:
-            return "git has not fetched it: git lfs pull"
-        if zipped and start[:4] in [
-            n.to_bytes(4, e) for n in (348, 540) for e in ("little", "big")
-        ]:
-            return "it is not gzipped: name it .nii"
-        if start.startswith(b"\x1f\x8b") and not zipped:
-            return "it is gzipped: name it .nii.gz"
+    if not os.path.isfile(path) or not os.access(path, os.R_OK):
+        return ""
+    with open(path, "rb") as file:
+        start, zipped = file.read(400), str(path).endswith(".gz")
+    for found, told in (
+        (b"annex/objects" in start, "git-annex has not fetched it: datalad get"),
+        (b"git-lfs" in start, "git has not fetched it: git lfs pull"),
+        (zipped and re.search(rb"n\+[12]\0", start), "it is not gzipped: name it .nii"),
+        (not zipped and start[:2] == b"\x1f\x8b", "it is gzipped: name it .nii.gz"),
+    ):
+        if found:
+            return told
     return ""
 
 
@@ -951,8 +952,8 @@ def readings(header):
 def read_scan(path):
     """Return the volume of `read_volume`, and what to warn of; a ValueError where it shows no head.
 
-    Neighbours in noise differ. Their ranks are compared too, since a few voxels may be hot; in much
-    air it is not by ranks that a small head shows.
+    In noise, neighbouring voxels do not correlate. A few very bright ones hide a head from the
+    correlation of values, much air a small head from that of ranks: one is enough.
     """
     image, header = read_volume(path), read_header(path)[0].header
     volume = np.asarray(image)[0]
@@ -972,7 +973,7 @@ def read_scan(path):
 
 
 def read_label(path):
-    """Return the volume of `read_volume` as whole numbers, and what to warn of: nothing.
+    """Return (the volume of `read_volume` as whole numbers, []): no warnings, as of `read_scan`.
 
     A ValueError where they are no labels. What was stored in steps of a header's slope comes back
     only nearly whole: labels 1 to 7 in uint8 as 0.988, 2.004 and so on.
@@ -990,8 +991,8 @@ def read_label(path):
 def read_pair(case):
     """Return {"image", "label"} of a case, each (1, X, Y, Z), and sentences to warn with.
 
-    The label gets the affine of its scan, which may differ by half a voxel at the corners, or
-    agree with another program's reading of the scan.
+    The label gets its scan's affine. Its own may be half a voxel off at the corners, from any
+    program's reading of the scan.
     """
     volumes, problems, cautions = {}, [], []
     for key, read in (("image", read_scan), ("label", read_label)):
@@ -1004,24 +1005,22 @@ def read_pair(case):
         raise ValueError(*problems)
     shape, got = (tuple(volume.shape[1:]) for volume in volumes.values())
     require(shape == got, f"{case.label}: expected the scan's shape {shape}, got {got}")
-    scan, mask = (readings(read_header(path)[0].header) for path in (case.image, case.label))
+    scan, other = readings(read_header(case.image)[0].header), volumes["label"].affine.numpy()
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
-    shifts = {}  # in voxels
-    other = next(iter(mask.values()))  # more of the mask's would let shifted and mirrored ones in
+    shifts = {}  # in voxels; other readings of the mask would let shifted and mirrored ones in
     for name, affine in scan.items():
         moved = np.linalg.solve(affine, other @ corners) - corners
         shifts[name] = np.linalg.norm(moved[:3], axis=0).max()
     used, best = next(iter(shifts)), min(shifts, key=shifts.get)
-    shift = shifts[used]
-    told = f"{case.label}: its affine puts corners {shift:.2f} voxels from the scan's"
-    if shift <= 0.5:
-        cautions += [f"{told}; the scan's is used for both"] if shift > 0.1 else []
-    else:
-        axes, own = ("".join(nib.aff2axcodes(a)) for a in (other, scan[used]))
-        tried = f"axes {axes}, the scan's are {own}; tried: {', '.join(scan)}"
-        require(shifts[best] <= 0.5, f"{told}, expected at most 0.5 ({tried})")
-        told += f" {used}, but it fits the scan's {best}, as programs with ITK have it"
+    told = f"{case.label}: its affine puts corners {shifts[used]:.2f} voxels from the scan's"
+    axes, own = ("".join(nib.aff2axcodes(a)) for a in (other, scan[used]))
+    tried = f"axes {axes}, the scan's are {own}; tried: {', '.join(scan)}"
+    require(shifts[best] <= 0.5, f"{told}, expected at most 0.5 ({tried})")
+    if shifts[used] > 0.5:
+        told += f" {used}, but it fits the scan's {best}"
         cautions.append(f"{told}; paired voxel by voxel, placed by the {used}")
+    elif shifts[used] > 0.1:
+        cautions.append(f"{told}; the scan's is used for both")
     volumes["label"].affine = volumes["image"].affine
     return volumes, cautions
 
@@ -1131,8 +1130,9 @@ def head_mask(image):
 def darken_background(image):
     """Return (a scan (1, X, Y, Z), whether the skull is stripped from it).
 
-    Where most of the volume's faces have one value, of any rank, that is its background. In a
-    stripped scan it becomes darker than all the rest; in others as dark, if it was like tissue.
+    If one value fills half of the volume's faces, it is the background, even where it is not the
+    lowest. In a stripped scan it is set below all tissue; in a whole head, if it is as bright as
+    tissue, to the darkest of the rest.
     """
     volume = np.asarray(image)[0]
     faces = np.concatenate([np.take(volume, [0, -1], axis).ravel() for axis in range(3)])
@@ -1182,8 +1182,8 @@ def to_working_grid(volumes, cfg):
     """Transform the MetaTensors (1, X, Y, Z) of an image and, where there is one, its label.
 
     Returns image (1, H, W, D) float16 in [0, 1], label (1, H, W, D) uint8, and affine,
-    native_affine (4, 4) and native_shape, with which `to_native_grid` goes back. A constant
-    background becomes as dark as air; "stripped": there is a brain, no head.
+    native_affine (4, 4) and native_shape, with which `to_native_grid` goes back; stripped: whether
+    the skull is, see `darken_background`.
     """
     image, stripped = darken_background(volumes["image"])
     entry = {"native_affine": image.affine.clone(), "native_shape": tuple(image.shape[1:])}
@@ -1282,8 +1282,7 @@ def fill_cache(case, cfg):
     facts |= {"native_voxels": int(true.sum()), "working_voxels": len(foreground)}
     facts["native_spacing"] = tuple(ras_spacing(image.affine.numpy()))
     facts["roundtrip_dice"] = float(dice) if true.any() else None
-    facts["stripped"] = entry["stripped"]
-    facts["warnings"] = tuple(cautions)
+    facts |= {"stripped": entry["stripped"], "warnings": tuple(cautions)}
     write_torch(case.cache, entry | {"facts": facts})
     return facts
 
@@ -1301,7 +1300,7 @@ def cache_path(case, cfg):
     stats = [(path, os.stat(path)) for path in (case.image, case.label)]
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     settings = [getattr(cfg, name) for name in CACHED_SETTINGS]
-    key = (files, settings, CACHED_CODE, LIBRARIES, INTERPOLATION)
+    key = (files, settings, CACHED_CODE, LIBRARIES, INTERPOLATION, LARGEST_BRAIN)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     return cache_folder(cfg) / f"{case.name}-{digest}.pt"
 
@@ -2299,7 +2298,7 @@ def describe_prediction(contents, cfg):
             digest.update(weights.contiguous().flatten().view(torch.uint8).numpy())
         digests.append(digest.hexdigest()[:16])
     made = f"{describe_network(cfg)}, weights {' '.join(sorted(digests))}, {describe_grid(cfg)}, "
-    made += f"TTA_FLIPS {cfg.TTA_FLIPS}; mask where above {cfg.THRESHOLD:g}, "
+    made += f"TTA_FLIPS {cfg.TTA_FLIPS}, AMP {cfg.AMP}; mask where above {cfg.THRESHOLD:g}, "
     return made + f"without components below {cfg.SMALLEST_PVS:g} mm3"
 
 
@@ -2943,6 +2942,21 @@ def set_up_trained(cfg, options):
     return functools.partial(evaluate, run, models, cases, contents, cfg)
 
 
+def choose_way_on(cfg, options, begun):
+    """Return what to do after a run that ended early."""
+    if options and options.every_fold:  # a former fold may have results
+        return "Go on with the same command and --resume; folds not begun are run anew."
+    if not begun:
+        return "Nothing had begun: run the same command again."
+    if options.predict:
+        return "Run the same command again, without --overwrite: it goes on."
+    if options.evaluate:
+        return "Run the same command again; add --overwrite if the folder holds results."
+    if Run(cfg.OUTPUT_DIR).last.exists():
+        return "Go on with the same command and --resume."
+    return "No epoch was finished: run the same command again, with --overwrite."
+
+
 def tell_failure(error, cfg, options, begun):
     """Print in a line or two why the run ended and what to do; return the exit status.
 
@@ -2953,17 +2967,7 @@ def tell_failure(error, cfg, options, begun):
     caught = re.match(r"Caught (\w+) in DataLoader worker", text)
     if caught:  # its own line stands below a worker's traceback
         text = re.findall(rf"^{caught[1]}: (.*)$", text, re.M)[-1]
-    way_on = "No epoch was finished: run the same command again, with --overwrite."
-    if not begun:
-        way_on = "Nothing had begun: run the same command again."
-    elif options.predict:
-        way_on = "Run the same command again: it goes on, if --overwrite is not among it."
-    elif options.evaluate:
-        way_on = "Run the same command again; add --overwrite if the folder holds results."
-    elif options.every_fold:
-        way_on = "Go on with the same command and --resume; folds not begun are run anew."
-    elif Run(cfg.OUTPUT_DIR).last.exists():
-        way_on = "Go on with the same command and --resume."
+    way_on = choose_way_on(cfg, options, begun)
     if stop_signals or isinstance(error, KeyboardInterrupt):
         number = signal.Signals((stop_signals or [signal.SIGINT])[0])
         told, status = f"Interrupted ({number.name}). {way_on}", 128 + number
@@ -2998,8 +3002,10 @@ def run_folds(argv, cfg):
     status, top = 0, Path(cfg.OUTPUT_DIR).parent
     for fold in range(1, cfg.FOLDS + 1):
         own = [*argv, "--fold", str(fold)]
-        if "--resume" in argv and not Run(top / f"fold-{fold}").last.exists():
-            own = [flag for flag in own if flag != "--resume"] + ["--overwrite"]  # no epoch's
+        run = Run(top / f"fold-{fold}")
+        if "--resume" in argv and not run.last.exists():  # no epoch of it was finished
+            anew = [] if run.scores.exists() else ["--overwrite"]  # finished ones are left alone
+            own = [flag for flag in own if flag != "--resume"] + anew
         status = max(status, main(own, every_fold=True))
         if status > 1:
             break
@@ -3007,15 +3013,15 @@ def run_folds(argv, cfg):
 
 
 def main(argv=None, every_fold=False):
-    """Run the pipeline that the command line asks for; return the exit status."""
+    """Run what the command line asks for; return the exit status. `every_fold`: as one of all."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with logging_to_screen(), stopping_on_signals():
         cfg = options = work = None
         try:
             cfg, options = parse_command_line(argv)
-            trained, begins = options.evaluate or options.predict, options.every_fold
+            trained, all_folds = options.evaluate or options.predict, options.every_fold
             options.every_fold |= every_fold  # this is one of them
-            if not begins:
+            if not all_folds:
                 with joined_processes(cfg):
                     work = (set_up_trained if trained else set_up_training)(cfg, options)
                     status = work()

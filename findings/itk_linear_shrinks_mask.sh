@@ -5,8 +5,8 @@
 # off: 0.9 becomes 0. A line one voxel wide, moved by a tenth of a voxel, is wholly lost; a cube of
 # 4 x 4 x 4 voxels loses a layer on each axis that it is moved along, however little.
 # Guess: it rounds, and 0.5 and more stay, as with scipy.ndimage for the same mask and shift.
-# Matters: hand-drawn masks of thin structures, brought to the scan's grid like this, come out thinner
-# or empty, with no warning. Take nearest neighbour, or cast to float and cut at 0.5.
+# Matters: hand-drawn masks of thin structures, brought to the scan's grid like this, come out
+# thinner or empty, with no warning. Take nearest neighbour, or cast to float and cut at 0.5.
 set -euo pipefail
 export OMP_NUM_THREADS=1
 dir=$(mktemp -d)
@@ -48,7 +48,8 @@ for name, mask, shift, expected in [
     before, after = int(mask.sum()), itk(mask, shift)
     as_float, other = itk(mask, shift, sitk.sitkFloat32), scipy(mask, shift)
     print(
-        f"{name} moved by {shift}: {before} voxels -> SimpleITK {after}, as float at 0.5 {as_float}, scipy {other}"
+        f"{name} moved by {shift}: {before} voxels -> SimpleITK {after}, "
+        f"as float at 0.5 {as_float}, scipy {other}"
     )
     ok = ok and after == expected and as_float == before and other == before
 sys.exit(0 if ok else 1)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Seen with scikit-image 0.26.0, scipy 1.17.1 and numpy 2.4.6, Python 3.11 or newer.
 #
-# regionprops' axis_major_length of a line of 21 voxels in 3D is 27.1: 29% too long. It is the axis of
-# the solid ellipsoid with the same second moments, and a line has more of its mass far out: the
-# factor is sqrt(20 / 12). In 2D it is 15% for the same line. A ball gets its true size, so a test on
-# one shows nothing.
+# regionprops' axis_major_length of a line of 21 voxels in 3D is 27.1: 29% too long. It is the axis
+# of the solid ellipsoid with the same second moments, and a line has more of its mass far out: the
+# factor is sqrt(20 / 12). In 2D it is 15% for the same line. A ball gets its true size, so a test
+# on one shows nothing.
 # Guess: about 21, or a little less if the voxels' own width is not counted.
 # Matters: lengths of perivascular spaces taken from it are up to 29% too long, by a factor that
 # depends on the shape, and do not compare with a 2D count or a length along the centreline.
@@ -35,7 +35,8 @@ tube[3:6, 3:6, 10:70] = 1
 voxels, mm, flat = longest(line), longest(line, (0.8, 0.8, 0.8)), longest(line[2])
 thick, sphere = longest(tube), longest(ball(10))
 print(
-    f"axis_major_length of a line of 21 voxels: {voxels:.2f} in 3D, {flat:.2f} in 2D; at 0.8 mm {mm:.2f} mm, true 16.80 mm"
+    f"axis_major_length of a line of 21 voxels: {voxels:.2f} in 3D, {flat:.2f} in 2D; "
+    f"at 0.8 mm {mm:.2f} mm, true 16.80 mm"
 )
 print(f"a tube of 3 x 3 x 60 voxels: {thick:.2f}; a ball 21 voxels across: {sphere:.2f}")
 

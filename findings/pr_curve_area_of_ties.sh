@@ -2,12 +2,12 @@
 # Seen with scikit-learn 1.9.1, scipy 1.17.1 and numpy 2.4.6, Python 3.11 or newer.
 #
 # auc(recall, precision), of sklearn's own curve, and average_precision_score both go by the name of
-# area under the precision-recall curve. For tied scores they part: with 0.5% foreground, one constant
+# area under the precision-recall curve. For tied scores they part: at 0.5% foreground, one constant
 # score gets 0.50 from the first and 0.005 from the second; a 0/1 mask of precision 0.5 and recall
 # 0.6 gets 0.55 and 0.30. The first draws straight lines between few points, from (recall 0,
 # precision 1) on.
 # Guess: the two differ by less than a hundredth, as they do if no two scores are equal.
-# Matters: small structures mean few positives, and maps that are cut, rounded to 8 bits or saturated
+# Matters: small structures mean few positives; maps that are cut, rounded to 8 bits or saturated
 # are full of ties; the worst map then looks good. Say which of the two a table gives.
 set -euo pipefail
 export OMP_NUM_THREADS=1

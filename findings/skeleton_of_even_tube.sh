@@ -50,7 +50,8 @@ flat = np.pad(np.ones((2, LENGTH), dtype=bool), 5)
 n_chipped, n_flat = int(skeletonize(chipped).sum()), int(skeletonize(flat).sum())
 before, after = int(label(pair).max()), int(label(skeletonize(pair)).max())
 print(
-    f"2 x 2 without one corner: {n_chipped}; the same bar in 2D: {n_flat}; a mask with {before} tubes keeps {after}"
+    f"2 x 2 without one corner: {n_chipped}; the same bar in 2D: {n_flat}; "
+    f"a mask with {before} tubes keeps {after}"
 )
 
 odd_kept = all(kept[size] >= LENGTH - 4 for size in [(1, 1), (2, 3), (3, 3)])

@@ -3,7 +3,7 @@
 #
 # MONAI's sliding_window_inference with mode="gaussian" and sw_batch_size=1 weights the predictor's
 # answer in place. If the predictor returns its input, or one channel of it, that is a view of the
-# caller's volume: the volume is changed, the next windows read the changed values, and the result is
+# caller's volume: it is changed, the next windows read the changed values, and the result is
 # far off, with no warning.
 # Guess: with torch.nn.Identity the output equals the input up to rounding, as it does with
 # mode="constant", with sw_batch_size=4, or for a predictor that returns a copy.
@@ -45,7 +45,8 @@ for name, predictor, mode, batch, spoilt in [
 ]:
     error, change = errors(predictor, mode, batch)
     print(
-        f"{name}, {mode}, sw_batch_size={batch}: output off by up to {error:.6f}, the input changed by up to {change:.6f}"
+        f"{name}, {mode}, sw_batch_size={batch}: output off by up to {error:.6f}, "
+            f"the input changed by up to {change:.6f}"
     )
     ok = ok and ((error > 0.5 and change > 0.5) if spoilt else (error < 1e-5 and change == 0))
 sys.exit(0 if ok else 1)

@@ -7,8 +7,8 @@
 # axis the scan is blurred: a structure one slice thick falls to half its height, noise to 0.7 of
 # its spread. The label keeps its width.
 # Guess: 320 slices, unchanged, as MONAI's Spacing gives, and torchio where the file says 0.8.
-# Matters: spacings off by some millionths come from matrices stored with few digits. Of two scans of
-# one protocol one is blurred; thin structures lose half their contrast against their label; masks on
+# Matters: spacings off by millionths come from matrices stored with few digits. Of two scans of
+# one protocol one is blurred; thin structures lose half their contrast to their label; masks on
 # the new grid do not fit the scan's. Round the spacing first, or resample to a reference image.
 set -euo pipefail
 export OMP_NUM_THREADS=1
@@ -41,7 +41,8 @@ def measure(name, spacing, image, mask, start):
         int(mask[0, :, 8, 8].sum()),
     )
     print(
-        f"{spacing} mm, {name}: {image.shape[1]} slices from {start:.2f} mm; structure {peak:.2f} high, noise {noise:.2f};"
+        f"{spacing} mm, {name}: {image.shape[1]} slices from {start:.2f} mm; "
+        f"structure {peak:.2f} high, noise {noise:.2f};"
         f" label {thick} slice thick"
     )
     return image.shape[1], round(start, 2), round(peak, 2), round(noise, 1), thick

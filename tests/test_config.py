@@ -206,7 +206,7 @@ def test_wrong_setting_is_told_by_its_name_before_anything_is_made(run, tmp_path
         "--img-patch-size 8 --crops-per-volume 1": "CROPS_PER_VOLUME: expected",
         "--img-patch-size 8 --architecture dynunet": "IMG_PATCH_SIZE: expected more",
         f"--split {__file__} --folds 5 --fold 1": "SPLIT: expected none together with FOLDS",
-        "--folds 5 --fold 6": "FOLD: expected a fold to test",
+        "--folds 5 --fold 6": "FOLD: expected --fold 1 to 5 as well, or all, got 6",
     }.items():
         refused(run("--check", *flags.split()), told)
     assert list(tmp_path.iterdir()) == []

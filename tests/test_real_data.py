@@ -267,7 +267,7 @@ def test_names_are_told_with_the_nearest_scan(data, run):
 def test_flags_that_go_wrong_say_what_would_be_right(data, run, tmp_path):
     assert "did you mean --epochs?" in refused(call("--epoch", 3))
     assert "did you mean --overwrite?" in refused(call("--overwite"))
-    refused(run("--folds", 3), "give --fold 1 to 3 as well, or --fold all, got 0")
+    refused(run("--folds", 3), "--fold 1 to 3 as well, or all, got 0")
     refused(run("--fold", 2), "FOLD", "--folds as well")
     for flags in ([], ["--resume"], ["--evaluate", "--folds", 3]):
         refused(run(*flags, "--fold", "all"), "--fold all: expected --folds as well")
@@ -279,6 +279,7 @@ def test_all_folds_run_one_after_another_and_go_on(data, run, tmp_path):
         pooled = json.loads((tmp_path / "out" / "cross_validation.json").read_text())
         assert (pooled["finished"], pooled["n"]) == ([1, 2, 3], 4)
         shutil.rmtree(tmp_path / "out" / "fold-3" / "checkpoints")  # as if it had just begun
+        (tmp_path / "out/fold-3/logs/comprehensive_test_metrics.json").unlink()
     refused(run("--folds", 3, "--fold", "all"), "fold-1", "--overwrite")
 
 
