@@ -847,11 +847,12 @@ def find_scans(places, cfg):
         found = [place] if is_scan else find_files(place, cfg.IMAGE_GLOB)
         found = found or find_files(place, "*")  # of a plain folder
         told = f"a NIfTI file, a folder of them, or one with scans {cfg.IMAGE_GLOB} (--image-glob)"
-        if not os.path.exists(place):
-            told = "a file or folder, there is none (with DataLad: datalad get)"
         if os.path.realpath(place) == os.path.realpath(cfg.OUTPUT_DIR):
             found, told = [], "another folder than OUTPUT_DIR"
-        problems += [] if found else [f"{place}: expected {told}"]
+        if not os.path.exists(place):
+            problems.append(f"{place}: no such file or folder (with DataLad: datalad get)")
+        elif not found:
+            problems.append(f"{place}: expected {told}")
         pairs += [(path, "") for path in found]
     remedy = "Give NIfTI files or folders; scans that would bear one name in separate runs."
     return make_cases(pairs, problems, remedy)
@@ -2048,7 +2049,7 @@ def log_epoch(history, improved, cfg):
 
 def advice(cfg):
     """Return what to try where nothing is learned."""
-    tries = "" if cfg.HEAD_BIAS_LOG_ODDS else "--head-bias-log-odds, "
+    tries = "" if cfg.HEAD_BIAS_LOG_ODDS or cfg.INIT_FROM else "--head-bias-log-odds, "
     if cfg.ARCHITECTURE == "unetplusplus" and cfg.BATCHNORM_MOMENTUM < 0.1:
         tries += "--batchnorm-momentum 0.1, "
     tries += "--ema-decay 0, " if cfg.EMA_DECAY else ""
@@ -2625,6 +2626,7 @@ def segment_scan(run, model, case, contents, cfg):
     found, every = hash_voxels(image), [content for _, content in contents]
     seen = [part for part in ("train", "val", "test") if found in seen_hashes(every, part)]
     row = case.subject, case.name, count, volume, "".join(seen[:1]), training_set(contents)
+    row += (float(np.mean([content["history_row"]["val_dice"] or 0 for content in every])),)
     row += case.image, hash_file(case.image), os.path.relpath(mask, run.logs)
     return dict(zip(PREDICTED, row, strict=True))
 
@@ -2636,8 +2638,8 @@ def training_set(contents):
     return ", ".join(sorted(sets))
 
 
-PREDICTED = ("participant_id", "name", "count", "volume_ml", "seen_in", "trained_on", "scan")
-PREDICTED += ("scan_sha256", "mask")  # columns of participants_pvs.csv
+PREDICTED = ("participant_id", "name", "count", "volume_ml", "seen_in", "trained_on")
+PREDICTED += ("validation_dice", "scan", "scan_sha256", "mask")  # columns of participants_pvs.csv
 
 
 def read_done(run, cases, made, cfg):

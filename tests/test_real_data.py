@@ -386,6 +386,8 @@ def test_prediction_tells_what_its_reader_must_know(finished, predictor, tmp_pat
     rows = table_of(tmp_path / "predicted")
     assert [row["seen_in"] for row in rows] == [*parts, "", ""]
     assert {row["trained_on"] for row in rows} == {"Simulated heads of a test"}
+    assert 0 < float(rows[0]["validation_dice"]) < 1
+    refused(predictor("nosuch.nii.gz"), "nosuch.nii.gz: no such file")
     assert "Trained on      Simulated heads of a test" in out
     far = "voxels of 0.69 x 0.69 x 3 mm, far from the training scans' 1 x 1 x 1 mm"
     assert f"Warning: {new} has {far}" in out
