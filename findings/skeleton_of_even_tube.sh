@@ -3,7 +3,8 @@
 #
 # skimage.morphology.skeletonize leaves NOTHING of a straight 3D tube 60 voxels long if it is 2 x 2,
 # 2 x 4, 4 x 4 or 6 x 6 voxels wide, even with a corner missing. No error, no warning. Tubes 1 x 1,
-# 2 x 3 or 3 x 3 wide keep their line, and so does a bar 2 wide in 2D. (scikit-image issue 3757)
+# 2 x 3 or 3 x 3 wide keep their line, and so does a bar 2 wide in 2D.
+# Source: https://github.com/scikit-image/scikit-image/issues/3757
 # Guess: every component keeps a line, at worst with ends about a radius short.
 # Matters: perivascular spaces are often 2 voxels wide. Lengths, counts and centreline scores from a
 # skeleton lose whole structures; compare the number of components before and after.
