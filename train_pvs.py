@@ -19,7 +19,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, which take seconds
 
 import argparse
-import copy
 import csv
 import difflib
 import fcntl
@@ -59,6 +58,7 @@ from monai.losses import DiceCELoss
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from monai.networks.nets import DynUNet
 from scipy import ndimage, stats
+from scipy.spatial.transform import Rotation
 from sklearn.model_selection import KFold, train_test_split
 from torch import distributed as dist
 from torch import nn
@@ -126,7 +126,7 @@ class Grid(Settings):
 
     PIX_DIM: tuple = (1.5, 1.5, 1.5)  # spacing, mm; 0 0 0: the training scans' own, their median
     INTENSITY_PERCENTILES: tuple = (0.5, 99.5)  # of the voxels in the head, taken to 0 and 1
-    IMG_PATCH_SIZE: tuple = (96, 96, 96)  # voxels; sides are multiples of 2**ENCODER_DEPTH
+    IMG_PATCH_SIZE: tuple = (96, 96, 96)  # voxels; multiples of 2**ENCODER_DEPTH, twice it at least
     SW_OVERLAP: float = 0.5  # of neighbouring windows, fraction of the patch
 
 
@@ -150,19 +150,21 @@ class Training(Settings):
     POS_NEG_RATIO: float = 2.0  # patches centred on a PVS voxel for each one centred elsewhere
     BATCH_SIZE: int = 2  # volumes a step, each giving CROPS_PER_VOLUME patches
     ACCUMULATE_STEPS: int = 1  # batches averaged into one optimizer step, for smaller GPUs
+    AUGMENTATION: str = "published"  # published, or native: whole patches, with blur and bias
+    FLIP_AXES: str = "none"  # mirrored at random: none, or of x (left-right), y, z: xyz is all
     LR: float = 1e-3  # AdamW's learning rate
+    LR_SCHEDULE: str = "plateau"  # plateau, or poly: falls to 0 over EPOCHS or MAX_MINUTES
     WEIGHT_DECAY: float = 1e-5  # AdamW's
     GRAD_CLIP: float = 1.0  # largest norm of the gradient
-    LR_FACTOR: float = 0.5  # ReduceLROnPlateau on the validation loss
+    LR_FACTOR: float = 0.5  # plateau: ReduceLROnPlateau on the validation loss
     LR_PATIENCE: int = 5  # validations in a row without a lower loss that leave LR as it is
     LR_MIN: float = 1e-6  # LR is not reduced below it
     VAL_EVERY: int = 1  # epochs between validations; the first and last have one always
     EARLY_STOPPING: int = 100  # validations without a better Dice before the run stops
-    EMA_DECAY: float = 0.0  # moving average of the weights: the part kept in a step; 0: none
 
 
 class Length(Settings):
-    """How long to train; --resume may raise it."""
+    """How long to train; --resume may raise it, under poly with --stretch."""
 
     EPOCHS: int = 1000  # at most
     MAX_MINUTES: float = 0.0  # of training; the epoch in hand is finished; 0: no limit
@@ -171,7 +173,7 @@ class Length(Settings):
 class Decision(Settings):
     """How a scan becomes a mask; as in the training, unless a flag says otherwise."""
 
-    TTA_FLIPS: bool = False  # mean probability of the scan and its seven mirrored views
+    TTA_FLIPS: bool = False  # mean probability of the scan and its views mirrored along FLIP_AXES
     THRESHOLD: float = 0.5  # a probability above it is PVS
     SMALLEST_PVS: float = 0.0  # mm3; smaller components are left out
     AMP: bool = True  # bfloat16 or float16 autocast where the hardware gains from it
@@ -201,7 +203,8 @@ PUBLISHED = {
     **{"INIT_FROM": "", "HEAD_BIAS_LOG_ODDS": False, "BATCHNORM_MOMENTUM": 0.0, "BATCH_SIZE": 2},
     **{"CROPS_PER_VOLUME": 4, "POS_NEG_RATIO": 2.0, "ACCUMULATE_STEPS": 1, "GRAD_CLIP": 1.0},
     **{"LR": 1e-3, "WEIGHT_DECAY": 1e-5, "LR_FACTOR": 0.5, "LR_PATIENCE": 5, "LR_MIN": 1e-6},
-    **{"VAL_EVERY": 1, "EARLY_STOPPING": 100, "EMA_DECAY": 0.0, "EPOCHS": 1000, "MAX_MINUTES": 0.0},
+    **{"VAL_EVERY": 1, "EARLY_STOPPING": 100, "LR_SCHEDULE": "plateau"},
+    **{"AUGMENTATION": "published", "FLIP_AXES": "none", "EPOCHS": 1000, "MAX_MINUTES": 0.0},
     **{"TTA_FLIPS": False, "THRESHOLD": 0.5, "SMALLEST_PVS": 0.0, "SAVE_PROBABILITIES": False},
     **{"DEVICE": "auto", "AMP": True, "SW_BATCH_SIZE": 4},
 }
@@ -210,7 +213,8 @@ RECIPES = {  # named sets of flags, chosen with --recipe; one of your own is one
     "published": "",
     # Thin PVS: the scans' own grid, and a network that sees it.
     "native": "--pix-dim 0 --architecture dynunet --encoder-depth 4 --decoder-width 32 "
-    "--encoder-weights none --head-bias-log-odds --val-every 5 --ema-decay 0.95 --tta-flips",
+    "--encoder-weights none --head-bias-log-odds --augmentation native --flip-axes x --tta-flips "
+    "--lr 3e-3 --lr-schedule poly --val-every 5",
     # Minutes on a laptop's CPU. With EfficientNet's BatchNorm momentum of 0.01 the statistics of so
     # short a run are those of its start; without the bias its Dice stays at 0 for long.
     "demo": "--test-fraction 0.25 --val-fraction 0.16 --pix-dim 1 --img-patch-size 32 --epochs 18 "
@@ -224,13 +228,18 @@ LIMITS = (  # smallest and largest value of settings
     (0, 10**6, "NUM_WORKERS LR_PATIENCE LR_MIN WEIGHT_DECAY POS_NEG_RATIO SMALLEST_PVS"),
     (1e-12, 10**6, "LR GRAD_CLIP"),
     (1e-6, 0.999999, "TEST_FRACTION VAL_FRACTION LR_FACTOR THRESHOLD"),
-    (0, 0.999999, "EMA_DECAY BATCHNORM_MOMENTUM"),
+    (0, 0.999999, "BATCHNORM_MOMENTUM"),
     (0, 0.9, "SW_OVERLAP"),
     (0, 2**32 - 1, "SEED MAX_MINUTES"),
     (3, 5, "ENCODER_DEPTH"),
     (8, 1024, "IMG_PATCH_SIZE"),
 )
 SMALLEST_SIDE, LARGEST_SIDE = 0.1, 20  # mm, of the working grid's voxels
+FLIPS = {  # FLIP_AXES: axes of the working grid, (H, W, D) or right, anterior, superior
+    "".join("xyz"[axis] for axis in axes) or "none": axes
+    for count in range(4)
+    for axes in itertools.combinations(range(3), count)
+}
 
 HOW_TO_GET_DATA = """\
 To get OpenNeuro ds005595 (200 subjects, 4 GB, CC0), one of:
@@ -287,6 +296,7 @@ def build_parser():
         (recipe, "--recipe", {"choices": RECIPES}, "set of settings, default: published"),
         (parser, "--checkpoint", files, "weights, not the run's best; of several the mean is used"),
         (parser, "--overwrite", switch, "replace the results in the output folder"),
+        (parser, "--stretch", switch, "with --resume: under poly a new length, so another run"),
     ):
         group.add_argument(flag, help=text, **kind)
     comments = dict(re.findall(r"^    ([A-Z]\w+)\b.*?  # (.*)$", Path(__file__).read_text(), re.M))
@@ -338,8 +348,12 @@ def check_config(cfg, problems, starts=True):
     divisor, count = 2 ** np.clip(cfg.ENCODER_DEPTH, 3, 5), torch.cuda.device_count()
     devices = ["auto", "cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
     encoders, given = [f"efficientnet-b{i}" for i in range(8)], ("imagenet", "none")
-    lone = set(cfg.IMG_PATCH_SIZE) == {divisor}  # the deepest features are one voxel
+    choices = {"ENCODER_NAME": encoders, "ARCHITECTURE": NETWORKS, "DEVICE": devices}
+    choices |= {"LR_SCHEDULE": ("plateau", "poly"), "AUGMENTATION": ("published", "native")}
+    choices["FLIP_AXES"] = FLIPS
+    patch = [side >= 2 * divisor and side % divisor == 0 for side in cfg.IMG_PATCH_SIZE]
     low, high = cfg.INTENSITY_PERCENTILES
+    unmirrored = "False (--no-tta-flips), as it is not trained with FLIP_AXES"
     sides = tuple(np.clip(cfg.PIX_DIM, SMALLEST_SIDE, LARGEST_SIDE))
     output, data = map(os.path.realpath, (cfg.OUTPUT_DIR, cfg.DATA_DIR))
     files = (cfg.SPLIT, cfg.INIT_FROM, cfg.ENCODER_WEIGHTS)
@@ -353,16 +367,14 @@ def check_config(cfg, problems, starts=True):
         ("SPLIT", split or not cfg.SPLIT, "a JSON file that exists"),
         ("INIT_FROM", start or not cfg.INIT_FROM, "a checkpoint that exists"),
         ("ENCODER_WEIGHTS", weights or cfg.ENCODER_WEIGHTS in given, "imagenet, none, or a file"),
-        ("ENCODER_NAME", cfg.ENCODER_NAME in encoders, "efficientnet-b0 to efficientnet-b7"),
-        ("ARCHITECTURE", cfg.ARCHITECTURE in NETWORKS, " or ".join(NETWORKS)),
-        ("DEVICE", cfg.DEVICE in devices, " or ".join(devices)),
+        *((name, getattr(cfg, name) in c, " or ".join(c)) for name, c in choices.items()),
+        ("TTA_FLIPS", FLIPS.get(cfg.FLIP_AXES) or not cfg.TTA_FLIPS, unmirrored),
         ("FOLDS", cfg.FOLDS == 0 or 2 <= cfg.FOLDS <= 1000, "2 to 1000, or 0"),
         ("FOLD", min(cfg.FOLDS, 1) <= cfg.FOLD <= cfg.FOLDS, fold),
         ("PIX_DIM", not any(cfg.PIX_DIM) or sides == cfg.PIX_DIM, "0.1 to 20, or 0 0 0"),
         ("INTENSITY_PERCENTILES", 0 <= low < high <= 100, "two rising numbers to 100"),
-        ("IMG_PATCH_SIZE", not any(np.mod(cfg.IMG_PATCH_SIZE, divisor)), f"multiples of {divisor}"),
-        ("IMG_PATCH_SIZE", not lone or cfg.ARCHITECTURE != "dynunet", "more for dynunet"),
-        ("CROPS_PER_VOLUME", not lone or cfg.CROPS_PER_VOLUME > 1, "2 or more in so small patches"),
+        # At the deepest level a side of 1 is wrong in bfloat16 on CPUs with AMX (pytorch 169688).
+        ("IMG_PATCH_SIZE", all(patch), f"multiples of {divisor} from {2 * divisor} on"),
     ]
     for low, high, limited in LIMITS:
         for name in limited.split():
@@ -1208,6 +1220,10 @@ def to_native_grid(volume, entry):
 
 def build_train_transforms(cfg):
     """Return the random transforms: a cached volume to CROPS_PER_VOLUME patches, plain float32."""
+    flips = [mt.RandFlipd(BOTH, 0.5, axis) for axis in FLIPS[cfg.FLIP_AXES]]
+    plain = mt.EnsureTyped(BOTH, dtype=torch.float32, track_meta=False)
+    if cfg.AUGMENTATION == "native":
+        return mt.Compose([CutPatches(cfg), *flips, *NATIVE_AUGMENTATION.values(), plain])
     crop = {"spatial_size": cfg.IMG_PATCH_SIZE, "num_samples": cfg.CROPS_PER_VOLUME}
     crop |= {"pos": cfg.POS_NEG_RATIO, "neg": 1, "label_key": "label"}
     crop |= {"fg_indices_key": "foreground", "bg_indices_key": "background"}
@@ -1225,14 +1241,77 @@ def build_train_transforms(cfg):
             mt.RandSmoothDeformd(BOTH, prob=0.2, **elastic),
             mt.RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
             mt.RandGaussianNoised("image", prob=0.2, std=0.05),
-            mt.EnsureTyped(BOTH, dtype=torch.float32, track_meta=False),
+            *flips,
+            plain,
         ]
     )
 
 
+class CutPatches(mt.Randomizable, mt.Transform):
+    """Cut patches out of a volume, some turned and scaled.
+
+    Round PVS or elsewhere in the head as POS_NEG_RATIO says, moved into the volume; 0 outside it.
+    They are interpolated out of the volume: MONAI's crop and then affine smear a patch's border.
+    """
+
+    def __init__(self, cfg):
+        self.cfg, self.size = cfg, np.array(cfg.IMG_PATCH_SIZE)
+
+    def __call__(self, item):
+        """Return CROPS_PER_VOLUME dicts of image and label (1, *IMG_PATCH_SIZE)."""
+        volumes, patches = [item[key] for key in BOTH], []
+        for _ in range(self.cfg.CROPS_PER_VOLUME):
+            ratio = self.cfg.POS_NEG_RATIO
+            places = item["foreground" if self.R.random() * (ratio + 1) < ratio else "background"]
+            place = int(places[self.R.randint(len(places))])
+            shape = np.array(volumes[0].shape[1:])  # of which patches reach beyond if smaller
+            inside = np.clip(np.unravel_index(place, shape), self.size // 2, shape - self.size // 2)
+            centre = np.where(shape < self.size, shape // 2, inside)
+            image, label = self.cut(volumes, centre, self.draw_matrix())
+            patches.append({"image": image, "label": label, "name": item["name"]})
+        return patches
+
+    def draw_matrix(self):
+        """Return a random rotation and scaling of voxels, (3, 3); None: neither was drawn."""
+        turned, scaled = self.R.random(2) < 0.2
+        angles = self.R.uniform(-15, 15, 3) * turned
+        scale = self.R.uniform(0.9, 1.1) if scaled else 1
+        turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() / scale
+        spacing = np.array(self.cfg.PIX_DIM)
+        return turn * spacing / spacing[:, None] if turned or scaled else None
+
+    def cut(self, volumes, centre, matrix):
+        """Return the patches (1, h, w, d) float32 of image and label round a voxel."""
+        half = self.size // 2
+        if matrix is not None:
+            grid = np.stack(np.meshgrid(*map(np.arange, self.size), indexing="ij"), -1) - half
+            grid = grid @ matrix.T
+            half = np.ceil(np.abs(matrix) @ self.size / 2).astype(int) + 1
+        end = self.size - half if matrix is None else half + 1
+        low, high = centre - half, centre + end
+        shape = volumes[0].shape[1:]
+        inner = [slice(max(a, 0), min(b, n)) for a, b, n in zip(low, high, shape, strict=True)]
+        beyond = np.maximum([-low, high - shape], 0).T[::-1].ravel().tolist()  # last axis first
+        parts = [volume[(slice(None), *inner)].float() for volume in volumes]
+        parts = [nn.functional.pad(part, beyond) for part in parts]
+        if matrix is None:
+            return parts
+        places = torch.from_numpy((grid / half)[..., ::-1].astype(np.float32))[None]
+        sample = functools.partial(nn.functional.grid_sample, grid=places, align_corners=True)
+        # Linear labels above a half lose a third of the voxels of thin PVS.
+        return [sample(v[None], mode=m)[0] for v, m in zip(parts, INTERPOLATION, strict=True)]
+
+
+NATIVE_AUGMENTATION = {  # of images in [0, 1]; nnU-Net's own list is too much for short trainings
+    "noise": mt.RandGaussianNoised("image", prob=0.2, std=0.06, sample_std=True),
+    "blur": mt.RandGaussianSmoothd("image", *3 * [(0.25, 0.75)], prob=0.1),
+    "bias": mt.RandBiasFieldd("image", coeff_range=(-0.15, 0.15), prob=0.15),
+    "gamma": mt.RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
+}
+
 # ------------------------------------------------------------------------------- Cache and loaders
 
-BACKGROUND_SAMPLE = 100_000  # voxels kept as centres of negative patches; all would take 8 B each
+BACKGROUND_SAMPLE = 100_000  # voxels kept as centres of negative patches; all would take 4 B each
 
 
 def cache_folder(cfg):
@@ -1264,8 +1343,9 @@ def hash_voxels(volume):
 def fill_cache(case, cfg):
     """Return the facts of a case from its cache entry; else read, check, transform and write it.
 
-    The entry: the working-grid volumes and affines of `to_working_grid`; foreground and background,
-    int32 flat indices of all labelled voxels and of a sample of the others; "facts" of the Case.
+    The entry: the working-grid volumes and affines of `to_working_grid`; int32 flat indices of all
+    labelled voxels (foreground), a sample of the others (background) and of those of them in the
+    head; "facts" of the Case.
     """
     with suppress(OSError):
         return load_cached(case)["facts"]
@@ -1278,7 +1358,10 @@ def fill_cache(case, cfg):
     flat = entry["label"].flatten()
     background, foreground = (torch.where(flat == n)[0].to(torch.int32) for n in (0, 1))
     order = torch.randperm(len(background), generator=torch.Generator().manual_seed(123))
-    entry |= {"foreground": foreground, "background": background[order[:BACKGROUND_SAMPLE]]}
+    background = background[order]
+    head = background[entry["image"].flatten()[background] > 0]  # air is scaled to 0
+    entry |= {"foreground": foreground, "background": background[:BACKGROUND_SAMPLE].clone()}
+    entry["head"] = (head if len(head) else background)[:BACKGROUND_SAMPLE].clone()
     facts = {"sha256": hash_voxels(image), "label_sha256": hash_voxels(label)}
     facts |= {"native_voxels": int(true.sum()), "working_voxels": len(foreground)}
     facts["native_spacing"] = tuple(ras_spacing(image.affine.numpy()))
@@ -1393,7 +1476,9 @@ class TrainingPatches(Dataset):
         entry = load_cached(self.cases[number])
         item = {name: entry[name] for name in (*BOTH, "foreground", "background")}
         shape = item["image"].shape[1:]
-        if np.less(shape, size).any():  # pad to the patch, and move the centres
+        if self.cfg.AUGMENTATION == "native":
+            item["background"] = entry["head"]
+        elif np.less(shape, size).any():  # pad to the patch, and move the centres
             item |= {key: mt.SpatialPad(size)(item[key]) for key in BOTH}
             padded = item["image"].shape[1:]
             before = np.subtract(padded, shape)[:, None] // 2
@@ -1673,11 +1758,11 @@ def predict_logits(model, image, cfg):
 def predict_prob(model, image, cfg):
     """Return the probability of PVS of a volume (1, H, W, D), of that shape, working grid.
 
-    It is the mean over the models of a ModuleList and, with TTA_FLIPS, eight mirrored views.
+    It is the mean over the models of a ModuleList and, with TTA_FLIPS, the mirrored views.
     """
     models = model if isinstance(model, nn.ModuleList) else [model]
-    numbers = range(4 if cfg.TTA_FLIPS else 1)
-    views = [axes for n in numbers for axes in itertools.combinations((1, 2, 3), n)]
+    known = FLIPS[cfg.FLIP_AXES] if cfg.TTA_FLIPS else ()  # to the network, by its training
+    views = [[axis + 1 for axis in axes] for axes in FLIPS.values() if {*axes} <= {*known}]
     total = torch.zeros(())
     for part, axes in itertools.product(models, views):
         prob = torch.sigmoid(predict_logits(part, image.flip(axes), cfg)[0]).flip(axes)
@@ -1769,13 +1854,17 @@ def restore_config(content, path, cfg, options):
     raise_wrong_settings([f"{path}: {problem}" for problem in problems.values()])
     here, free, asked = names(Output, Machine), names(Data, Output, Decision, Machine), {}
     if options.resume:
-        here, free, asked = {"OUTPUT_DIR"}, free | names(Length), options.of_recipe
+        fixed = saved["LR_SCHEDULE"] == "poly" and not options.stretch
+        here, asked = {"OUTPUT_DIR"}, options.of_recipe
+        free |= set() if fixed else names(Length)
     asked = asked | options.given | {name: getattr(cfg, name) for name in here}
     if not any(asked.get("PIX_DIM", ())):  # 0 0 0: what the run made of it is known
         asked.pop("PIX_DIM", None)
     told = "{0}: {1} has {2}, not {3}; only another training can change it"
     for n in list_differences(saved, saved | asked, asked.keys() - free):
         problems[n] = told.format(n, path, words(saved[n]), words(asked[n]))
+        if n in names(Length):
+            problems[n] += ", as --stretch does: its learning rate falls over another length"
     restored = replace(cfg, **saved | {name: asked[name] for name in asked.keys() & free})
     check_config(restored, problems, starts=False)
     raise_wrong_settings(problems.values())
@@ -1843,15 +1932,18 @@ def seen_hashes(contents, *parts):
 # ---------------------------------------------------------------------------------------- Training
 
 
+WARM_UP = 30  # steps in which the poly schedule rises to LR
+
+
 class TrainState:
-    """All that training changes: model, its average, AdamW, schedule, float16's scaler, progress.
+    """All that training changes: model, AdamW, schedule, float16's scaler, progress.
 
     It goes on from `last`, the content of last.pth. No random state is among it: all randomness is
-    a function of SEED and epoch. `kept`, validated and saved, is the average where there is one.
+    a function of SEED and epoch.
     """
 
     def __init__(self, model, cfg, last=None):
-        self.cfg, self.model, self.kept = cfg, model, model
+        self.cfg, self.model = cfg, model
         rates = {"lr": cfg.LR, "weight_decay": cfg.WEIGHT_DECAY, "fused": True}
         self.optimizer = torch.optim.AdamW(model.parameters(), **rates)
         falls = {"factor": cfg.LR_FACTOR, "patience": cfg.LR_PATIENCE, "min_lr": cfg.LR_MIN}
@@ -1861,28 +1953,32 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.parts = {"model": model, "optimizer": self.optimizer, "plateau": self.plateau}
         self.parts["scaler"] = self.scaler
-        if cfg.EMA_DECAY:
-            self.kept = self.parts["average"] = copy.deepcopy(model).requires_grad_(False)
-            self.optimizer.register_step_post_hook(self.follow)  # not where the scaler skips a step
         last = last or {"progress": {"best_dice": -1.0, "waited": 0, "history": []}}
-        self.progress = last["progress"]
+        self.progress = {"steps": 0} | last["progress"]
         for name, part in self.parts.items():
             if last.get(name):  # not at the start; a scaler that is in use now only has none
                 part.load_state_dict(last[name])
 
-    @torch.no_grad()
-    def follow(self, *_):
-        """Move the average towards the model. Not torch's own: it makes the GPU wait each step."""
-        both = (itertools.chain(m.parameters(), m.buffers()) for m in (self.kept, self.model))
-        for average, now in zip(*both, strict=True):
-            if now.is_floating_point():  # not BatchNorm's counts of batches
-                average.lerp_(now, 1 - self.cfg.EMA_DECAY)
+    def set_rate(self, share):
+        """Set the learning rate of a step under poly; `share`: which part of the epoch is done.
+
+        It falls from LR as (1 - progress)^0.9, after WARM_UP steps. A clock would tell processes
+        apart, and a run that goes on; so the history alone says how far a run by minutes is.
+        """
+        history, cfg = self.progress["history"], self.cfg
+        if cfg.LR_SCHEDULE == "plateau":
+            return
+        begin, end = (planned_progress(history, cfg, more) for more in (0, 1))
+        rate = cfg.LR * (1 - begin - share * (end - begin)) ** 0.9
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * min(1, (1 + self.progress["steps"]) / WARM_UP)
 
     def step(self):
         """Make a step with the gradients, clipped, and clear them; return their norm.
 
         It is 0 where float16's scaler passed over them as too large, unless too often.
         """
+        self.progress["steps"] += 1
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.GRAD_CLIP))
         self.scaler.step(self.optimizer)
@@ -1911,6 +2007,7 @@ def train_one_epoch(model, state, loader, epoch):
     seeds = [cfg.SEED, epoch, process_number("RANK")]
     torch.manual_seed(np.random.SeedSequence(seeds).generate_state(1)[0].item())
     for step, batch in enumerate(Progress(loader, f"epoch {epoch}, training")):
+        state.set_rate(step / len(loader))
         label = batch["label"].to(device, non_blocking=True)
         with autocast(device, cfg):
             logits = model(network_input(batch["image"], device, cfg))
@@ -1957,7 +2054,7 @@ def fit(run, model, cfg, split, last=None):
         parallel = nn.parallel.DistributedDataParallel(model, own, find_unused_parameters=True)
     progress, former_best = state.progress, last and last["former_best"]
     history = progress["history"]
-    while len(history) < cfg.EPOCHS and not stops_early(progress, cfg):
+    while not stops_early(progress, cfg):
         if former_best and first_process():
             write_torch(run.best, former_best)
         former_best = None
@@ -1966,7 +2063,8 @@ def fit(run, model, cfg, split, last=None):
         history.append(row)
         improved = row["val_dice"] is not None and row["val_dice"] > progress["best_dice"]
         if in_turn:
-            state.plateau.step(row["val_loss"])
+            if cfg.LR_SCHEDULE == "plateau":
+                state.plateau.step(row["val_loss"])
             progress["waited"] = 0 if improved else progress["waited"] + 1
             progress["best_dice"] = max(row["val_dice"], progress["best_dice"])
         if first_process():
@@ -1982,16 +2080,28 @@ def seconds_left(history, cfg):
     return 60 * cfg.MAX_MINUTES - spent if cfg.MAX_MINUTES else math.inf
 
 
+def planned_progress(history, cfg, more=0):
+    """Return which part of the planned training is done after these epochs and `more` of them.
+
+    It is the larger of epochs over EPOCHS and minutes over MAX_MINUTES; 1 where less than half of
+    an epoch is left, so that a run by the clock ends there, its learning rate at 0.
+    """
+    seconds = float(np.mean([row["seconds"] for row in history] or [0]))
+    share = max(1 / cfg.EPOCHS, seconds / (60 * cfg.MAX_MINUTES or math.inf))  # of an epoch
+    done = share * (len(history) + more)
+    return done if done + share / 2 < 1 else 1.0
+
+
 def stops_early(progress, cfg):
-    """Return, and print, whether EARLY_STOPPING or MAX_MINUTES ends the training.
+    """Return whether EPOCHS, EARLY_STOPPING or MAX_MINUTES ends the training; print the latter.
 
     Never early while the Dice has not left 0: with 0.1 % foreground it can stay there for long.
     """
-    waited, late = progress["waited"], seconds_left(progress["history"], cfg) <= 0
+    waited, late = progress["waited"], planned_progress(progress["history"], cfg) == 1
     early = waited >= cfg.EARLY_STOPPING and progress["best_dice"] > 0
     if early:
         log.info("Stopped early: no better validation Dice in %d validations", waited)
-    elif late:
+    elif late and len(progress["history"]) < cfg.EPOCHS:
         log.info("Stopped after %g minutes of training", cfg.MAX_MINUTES)
     return early or late
 
@@ -1999,16 +2109,16 @@ def stops_early(progress, cfg):
 def train_and_validate(parallel, state, loader, val_cases, in_turn):
     """Train an epoch and, `in_turn` or as the last, validate; return its row of the history."""
     cfg, history, start = state.cfg, state.progress["history"], time.perf_counter()
+    state.set_rate(0)
     epoch, lr = len(history) + 1, state.optimizer.param_groups[0]["lr"]
     row = {"epoch": epoch, "val_loss": None, "val_dice": None, "lr": lr}
     row["train_loss"], row["train_dice"] = train_one_epoch(parallel, state, loader, epoch)
     if parallel is not state.model:  # BatchNorm's statistics on CPUs are the first process's
-        for part in dict.fromkeys((state.model, state.kept)):
-            for buffer in part.buffers():
-                dist.broadcast(buffer, 0)
+        for buffer in state.model.buffers():
+            dist.broadcast(buffer, 0)
     row["seconds"] = round(gather([time.perf_counter() - start])[0], 2)  # the first process's
-    if in_turn or epoch == cfg.EPOCHS or seconds_left([*history, row], cfg) <= 0:
-        row["val_loss"], row["val_dice"] = validate(state.kept, val_cases, cfg, epoch)
+    if in_turn or planned_progress([*history, row], cfg) == 1:
+        row["val_loss"], row["val_dice"] = validate(state.model, val_cases, cfg, epoch)
         row["seconds"] = round(gather([time.perf_counter() - start])[0], 2)
     return row
 
@@ -2027,7 +2137,7 @@ def save_epoch(run, state, split, improved, in_turn):
         row = history[-1] | {"val_loss": None, "val_dice": None}
         progress = progress | {"history": [*history[:-1], row]}
     if improved:
-        write_torch(run.best, content | {"model": state.kept.state_dict()})
+        write_torch(run.best, content | {"model": state.model.state_dict()})
     write_json(run.history, history)
     content |= {name: part.state_dict() for name, part in state.parts.items()}
     # Last: a run that is killed before goes through the epoch again, and writes all of it again.
@@ -2052,7 +2162,6 @@ def advice(cfg):
     tries = "" if cfg.HEAD_BIAS_LOG_ODDS or cfg.INIT_FROM else "--head-bias-log-odds, "
     if cfg.ARCHITECTURE == "unetplusplus" and cfg.BATCHNORM_MOMENTUM < 0.1:
         tries += "--batchnorm-momentum 0.1, "
-    tries += "--ema-decay 0, " if cfg.EMA_DECAY else ""
     return f"See whether the masks fit the scans, then try {tries}a lower --lr."
 
 
@@ -2538,13 +2647,13 @@ def draw_tubes(rng, where, count, diameters):
     return occupancy * ndimage.binary_dilation(where, iterations=1)
 
 
-def simulate_head(rng, shape=DEMO_SHAPE, diameters=DEMO_DIAMETERS):
+def simulate_head(rng, shape=DEMO_SHAPE, diameters=DEMO_DIAMETERS, tissue=simulate_tissue):
     """Return a simulated T2w head (X, Y, Z) int16 and the mask of its white-matter PVS.
 
     It is drawn for voxels of about 1 mm. Lesions of the white matter and PVS of the basal ganglia
     look alike and bear no label. Contrasts after Bernal et al. 2022 (10.1016/j.mri.2022.07.016).
     """
-    image, white, basal = simulate_tissue(rng, shape)
+    image, white, basal = tissue(rng, shape)
     pvs = draw_tubes(rng, white, rng.integers(50, 90), diameters)
     unlabelled = draw_tubes(rng, basal, rng.integers(2, 6), diameters)
     spots, candidates = np.zeros(shape, np.float32), np.argwhere(white)

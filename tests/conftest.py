@@ -123,7 +123,8 @@ def prepared_case(path, image, label):
     """Write a volume as caching leaves it, and return its case."""
     label = torch.as_tensor(label, dtype=torch.uint8)
     entry = {"image": torch.as_tensor(image).half()[None], "label": label[None]}
-    for kind, there in {"foreground": label > 0, "background": label == 0}.items():
+    kinds = {"foreground": label > 0, "background": label == 0}
+    for kind, there in (kinds | {"head": (label == 0) & (entry["image"][0] > 0)}).items():
         entry[kind] = there.flatten().nonzero().flatten().int()
     torch.save(entry, path)
     facts = {"cache": str(path), "working_voxels": int(label.sum())}

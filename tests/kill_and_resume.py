@@ -27,6 +27,7 @@ from conftest import LEARNING, MACHINE, TINY, make_subject, make_subjects, score
 from running import train_pvs
 
 FLAGS = ("--epochs", 4, "--val-every", 2, "--lr", 5e-3, "--test-fraction", 0.5, "--no-amp")
+FLAGS += ("--augmentation", "native", "--flip-axes", "xyz", "--tta-flips")
 
 
 def digest(content):
@@ -160,6 +161,7 @@ def main(argv=None):
         if options.predict:
             return predict_to_the_end(folder, options.predict, options.kills, rng)
         flags = ["--data-dir", str(make_subjects(folder / "data", 4)), *TINY, *map(str, FLAGS)]
+        flags += ["--lr-schedule", "poly"]
         begin = time.perf_counter()
         run_to_the_end([*flags, "--output-dir", str(folder / "0")], folder / "0", rng, 0, 0)
         duration, expected = time.perf_counter() - begin, outcome(folder / "0")

@@ -123,10 +123,11 @@ FIXED = """--test-fraction 0.3 --val-fraction 0.3 --seed 9 --pix-dim 1 1 0.9 --s
 --encoder-name efficientnet-b1 --decoder-width 3 --encoder-weights imagenet --crops-per-volume 3
 --pos-neg-ratio 1 --batch-size 3 --accumulate-steps 2 --batchnorm-momentum 0.2 --lr 0.5
 --weight-decay 0.1 --grad-clip 3 --lr-factor 0.6 --lr-patience 4 --lr-min 1e-7 --val-every 2
---early-stopping 5 --ema-decay 0.9 --split other.json --init-from other.pth
+--early-stopping 5 --split other.json --init-from other.pth
+--augmentation native --flip-axes x --lr-schedule poly
 --no-head-bias-log-odds"""  # what only another training can change, other than in TINY
 MORE = "--epochs 9 --max-minutes 7 --folds 5 --fold 1"  # other than with --resume
-FREE = "--tta-flips --threshold 0.4 --smallest-pvs 2 --no-amp --sw-batch-size 2 --num-workers 0"
+FREE = "--no-tta-flips --threshold 0.4 --smallest-pvs 2 --no-amp --sw-batch-size 2 --num-workers 0"
 
 
 def names_of(flags):
@@ -155,6 +156,24 @@ def test_settings_of_training_are_refused_by_name_and_others_taken(source, start
         "sub-005",
     ]  # unseen
     assert [content["config"][name] for name in ("THRESHOLD", "AMP")] == [0.4, False]
+
+
+def test_other_length_under_poly_is_another_run_and_has_to_be_called_so(source, start, tmp_path):
+    for more, told in ((("--epochs", 2), "EPOCHS: "), (("--max-minutes", 9), "MAX_MINUTES: ")):
+        content = content_of(source, "resume")
+        content["config"]["LR_SCHEDULE"] = "poly"
+        torch.save(content, tmp_path / "copy.pth")
+        err = refused(start("resume", tmp_path / "copy.pth", *more), told, "--stretch")
+        assert err.count("only another training") == 1
+    shutil.copytree(source / "out", tmp_path / "out", dirs_exist_ok=True)
+    torch.save(content, tmp_path / "copy.pth")
+    out = trained(start("resume", tmp_path / "copy.pth", "--epochs", 2, "--stretch"))
+    assert re.search("^ +2 ", out, re.MULTILINE)
+
+
+def test_views_mirrored_along_axes_that_were_not_trained_are_refused(source, start, tmp_path):
+    torch.save(content_of(source, "evaluate"), tmp_path / "copy.pth")
+    refused(start("evaluate", tmp_path / "copy.pth", "--tta-flips"), "TTA_FLIPS: ", "--no-tta-fl")
 
 
 def test_checkpoint_of_an_earlier_version_is_used_with_published_values(source, start, tmp_path):

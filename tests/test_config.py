@@ -64,10 +64,11 @@ def test_every_field_is_used_beyond_its_check():
 
 
 # Valid values that are not the default, where adding a little does not give one.
-OTHER = {"IMG_PATCH_SIZE": (64, 32, 96), "PIX_DIM": (1.0, 2.0, 0.7), "ENCODER_WEIGHTS": "none"}
+OTHER = {"IMG_PATCH_SIZE": (64, 128, 96), "PIX_DIM": (1.0, 2.0, 0.7), "ENCODER_WEIGHTS": "none"}
 OTHER |= {"INTENSITY_PERCENTILES": (1.0, 99.0), "ENCODER_NAME": "efficientnet-b1", "FOLD": 2}
 OTHER |= {"INIT_FROM": __file__, "SPLIT": __file__, "ENCODER_DEPTH": 4, "FOLDS": 5}
-OTHER |= {"ARCHITECTURE": "dynunet", "DEVICE": "cpu"}
+OTHER |= {"ARCHITECTURE": "dynunet", "DEVICE": "cpu", "AUGMENTATION": "native"}
+OTHER |= {"FLIP_AXES": "xz", "LR_SCHEDULE": "poly"}
 
 
 def test_flag_reaches_its_field_in_its_type():
@@ -79,7 +80,8 @@ def test_flag_reaches_its_field_in_its_type():
             step = {str: "x", int: 1, float: 0.01}.get(type(default))
             wanted = OTHER[name] if name in OTHER else default + step
             flags = [flag_of(name), *words_of(wanted)]
-        flags += {"FOLDS": ["--fold", "1"], "FOLD": ["--folds", "5"]}.get(name, [])
+        also = {"FOLDS": "--fold 1", "FOLD": "--folds 5", "TTA_FLIPS": "--flip-axes x"}
+        flags += also.get(name, "").split()
         cfg, _ = parse_command_line(flags)
         assert getattr(cfg, name) == wanted != default, name
         assert type(getattr(cfg, name)) is type(default), name
@@ -133,7 +135,7 @@ def test_wrong_edits_are_told_in_a_line_each(tmp_path, capsys):
 
 
 def test_start_tells_edits_and_where_a_recipe_overrides_them(data, tmp_path, capsys):
-    edits = {"LR": "5e-4", "DECODER_WIDTH": "4", "PIX_DIM": "1.0", "IMG_PATCH_SIZE": "32"}
+    edits = {"GRAD_CLIP": "2.0", "DECODER_WIDTH": "4", "PIX_DIM": "1.0", "IMG_PATCH_SIZE": "64"}
     edits |= {"NUM_WORKERS": "0", "DEVICE": '"cpu"', "ENCODER_WEIGHTS": '"none"', "VAL_EVERY": "5"}
     copy = edited_copy(tmp_path, DATA_DIR=f'Path("{data}")', **edits)
     flags = ["--output-dir", str(tmp_path / "out"), "--encoder-name", "efficientnet-b0"]
@@ -181,7 +183,8 @@ WRONG = {  # values that are refused; each by the name of its field, and no othe
     **{"SEED": ["-1", "4294967296"], "BATCH_SIZE": ["2.5", "0"], "CROPS_PER_VOLUME": ["0"]},
     **{"NUM_WORKERS": ["-1", "many"], "GRAD_CLIP": ["inf", "0"], "WEIGHT_DECAY": ["-0.1"]},
     **{"LR_FACTOR": ["1", "0"], "SW_OVERLAP": ["1", "-0.1"], "THRESHOLD": ["0", "1"]},
-    **{"EMA_DECAY": ["1", "-0.1"], "SMALLEST_PVS": ["-1"], "MAX_MINUTES": ["-1"]},
+    **{"FLIP_AXES": ["yx", "all", ""], "LR_SCHEDULE": ["cosine"], "AUGMENTATION": ["none"]},
+    **{"SMALLEST_PVS": ["-1"], "MAX_MINUTES": ["-1"]},
     **{"FOLDS": ["-2", "1"], "FOLD": ["1", "-1"]},  # without FOLDS
     **{"ENCODER_DEPTH": ["6", "2"], "ARCHITECTURE": ["unet", ""]},
     **{"INIT_FROM": ["no/such/checkpoint.pth"], "ENCODER_WEIGHTS": ["no/such/weights.pth", "/"]},
@@ -202,9 +205,9 @@ def test_wrong_setting_is_told_by_its_name_before_anything_is_made(run, tmp_path
     names = set(WRONG) - {"ENCODER_DEPTH"}  # a wrong one leaves no multiple for IMG_PATCH_SIZE
     flags = [word for name in names for word in (flag_of(name), *(WRONG[name][0].split() or [""]))]
     refused(run("--check", *flags), *(f"\n  {name}: " for name in names))
-    for flags, told in {  # what does not go together; 2**3 halvings leave one voxel of 8
-        "--img-patch-size 8 --crops-per-volume 1": "CROPS_PER_VOLUME: expected",
-        "--img-patch-size 8 --architecture dynunet": "IMG_PATCH_SIZE: expected more",
+    for flags, told in {  # what does not go together; 3 halvings would leave one voxel of 8
+        "--img-patch-size 8 --encoder-depth 3": "IMG_PATCH_SIZE: expected multiples of 8 from 16",
+        "--tta-flips": "TTA_FLIPS: expected False (--no-tta-flips), as it is not trained",
         f"--split {__file__} --folds 5 --fold 1": "SPLIT: expected none together with FOLDS",
         "--folds 5 --fold 6": "FOLD: expected --fold 1 to 5 as well, or all, got 6",
     }.items():

@@ -209,9 +209,12 @@ class Slope(nn.Module):
 
 def test_probability_is_the_mean_over_mirrored_views_and_models(tiny_config):
     # One window, in which the voxel at (x, y, z) of -1 to 1 has the logit image + x + 2 y + 3 z,
-    # and in the views mirrored along some axes image +- x +- 2 y +- 3 z.
+    # and in the views mirrored along some of FLIP_AXES image +- x +- 2 y +- 3 z.
     image = torch.rand(1, 16, 16, 16)
-    plain, flips = (tiny_config(AMP=False, TTA_FLIPS=tta) for tta in (False, True))
+    plain, flips, y_only = (
+        tiny_config(AMP=False, FLIP_AXES=axes, TTA_FLIPS=tta)
+        for axes, tta in (("xyz", False), ("xyz", True), ("y", True))
+    )
     x, y, z = torch.meshgrid(*3 * [torch.linspace(-1, 1, 16)], indexing="ij")
     signs = [(a, b, c) for a in (1, -1) for b in (1, -1) for c in (1, -1)]
     views = [[torch.sigmoid(image + f * (a * x + 2 * b * y + 3 * c * z)) for a, b, c in signs]
@@ -220,6 +223,7 @@ def test_probability_is_the_mean_over_mirrored_views_and_models(tiny_config):
     for model, cfg, expected in (
         (Slope(), plain, views[0][0]),
         (Slope(), flips, sum(views[0]) / 8),
+        (Slope(), y_only, (views[0][0] + views[0][2]) / 2),
         (both, plain, (views[0][0] + views[1][0]) / 2),
         (both, flips, sum(views[0] + views[1]) / 16),
     ):

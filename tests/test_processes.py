@@ -14,6 +14,7 @@ import train_pvs
 from conftest import LEARNING, MACHINE, TINY, make_subjects
 from running import call
 
+MIRRORED = ("--flip-axes", "x", "--tta-flips")
 SETTINGS = (*LEARNING, "--test-fraction", 0.4, "--val-fraction", 0.4)
 
 
@@ -62,7 +63,7 @@ def wait_for_epochs(out, count):
 
 def test_two_processes_score_as_one_does(begin, heads, no_figures, tmp_path):
     out = tmp_path / "out"
-    processes, screens = begin(*SETTINGS, "--epochs", 6, "--ema-decay", 0.3)
+    processes, screens = begin(*SETTINGS, "--epochs", 6, *MIRRORED)
     assert end(processes) == [0, 0]
     assert screens[1].read_text() == ""  # one writes, one shows progress
     assert "Traceback" not in screens[0].read_text()
@@ -71,8 +72,7 @@ def test_two_processes_score_as_one_does(begin, heads, no_figures, tmp_path):
     assert two["dice_mean"] > 0.1
     assert call("--evaluate", "--output-dir", out, *MACHINE)[0] == 0
     assert comparable(out) == two
-    processes, _ = begin("--evaluate", *MACHINE)
-    assert end(processes) == [0, 0]
+    assert end(begin("--evaluate", *MACHINE)[0]) == [0, 0]
     assert comparable(out) == two
     # The validation of the best epoch, by one process on the weights that were saved.
     content = train_pvs.read_checkpoint(out / "checkpoints" / "best_model.pth")
@@ -92,15 +92,12 @@ def test_run_whose_processes_are_killed_or_stopped_goes_on_exactly_with_as_many(
     wait_for_epochs(out, 1)
     os.kill(processes[1].pid, signal.SIGKILL)
     assert end(processes) == [1, -signal.SIGKILL]
-    told = screens[0].read_text().splitlines()
-    assert told[-2:] == [
-        "Error: another process of the run has ended.",
-        "Go on with the same command and --resume.",
-    ]
+    last, advice = screens[0].read_text().splitlines()[-2:]
+    assert last == "Error: another process of the run has ended."
+    assert advice == "Go on with the same command and --resume."
     processes, screens = begin("--resume", count=1)
     assert end(processes) == [2]
     assert re.search("torchrun.*: the run has 2, now there are 1", screens[0].read_text())
-
     processes, screens = begin("--resume")
     wait_for_epochs(out, 3)
     for process in processes:  # as torchrun does when it is stopped
@@ -109,7 +106,6 @@ def test_run_whose_processes_are_killed_or_stopped_goes_on_exactly_with_as_many(
     told = "".join(screen.read_text() for screen in screens)
     assert told.count("Interrupted (SIGTERM). Go on with the same command and --resume.") == 1
     assert "Traceback" not in told
-
     epochs = len(json.loads((out / "logs" / "training_history.json").read_text())) + 1
     for flags, place in ((("--resume",), out), (SETTINGS, tmp_path / "whole")):
         processes, screens = begin(*flags, "--epochs", epochs, out=place)

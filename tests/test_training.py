@@ -88,23 +88,6 @@ def test_gradient_is_clipped_and_loss_and_dice_of_an_epoch_are_those_of_its_patc
     assert dice == pytest.approx((2 * (pred & label).sum() / (pred.sum() + label.sum())).item())
 
 
-def test_average_follows_weights_and_batchnorm_after_every_step(tiny_config):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2), nn.ConvTranspose3d(2, 1, 3))
-    cfg = tiny_config(AMP=False, EMA_DECAY=0.6, LR=0.1, ACCUMULATE_STEPS=2)
-    state, seen = train_pvs.TrainState(model, cfg), []
-    names = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
-    values = lambda model: torch.cat([model.state_dict()[n].flatten() for n in names])  # noqa: E731
-    average = values(model).clone()
-    state.optimizer.register_step_post_hook(lambda *_: seen.append(values(model).clone()))
-    train_pvs.train_one_epoch(model, state, Batches(make_batches(5)), 1)
-    assert len(seen) == 3
-    for now in seen:
-        average = 0.6 * average + 0.4 * now
-    torch.testing.assert_close(values(state.kept), average, atol=1e-6, rtol=1e-4)
-    assert (average - values(model)).abs().max() > 0.01
-
-
 def gradient_errors(cfg, batch):
     """Return {layer: relative error of its weights' gradient} to float32, for equal input."""
     model, found, errors = train_pvs.build_model(cfg), {}, {}
@@ -258,14 +241,6 @@ def test_best_weights_and_scores_are_those_of_the_first_validation_with_the_best
     assert history[-1]["val_loss"] == pytest.approx(expected, abs=2e-3)
 
 
-def test_average_of_the_weights_is_what_is_validated_and_kept(fit):
-    model = Scripted([5])
-    _, run = fit(model, EPOCHS=1, EMA_DECAY=0.5, LR=0.1)
-    assert not model.seen  # it was not asked, but its average
-    best, last = (train_pvs.read_checkpoint(path)["model"] for path in (run.best, run.last))
-    assert last["weight"] < best["weight"] < 1  # from 1 downwards
-
-
 def test_validation_loss_that_is_not_finite_ends_the_run_without_new_weights(fit, tmp_path):
     told = "validation loss became nan in epoch 2 with sub-1"
     with pytest.raises(FloatingPointError, match=told):
@@ -308,9 +283,41 @@ def test_training_ends_with_a_validated_epoch_when_its_minutes_are_over(fit, cap
             time.sleep(0.1)
             return super().forward(image)
 
-    history, _ = fit(Slow(range(1, 50)), EPOCHS=40, VAL_EVERY=100, MAX_MINUTES=0.6 / 60)
-    seconds = [row["seconds"] for row in history]
-    assert sum(seconds) >= 0.6 > sum(seconds[:-1])
-    validated = {row["epoch"] for row in history if row["val_dice"] is not None}
-    assert validated == {1, len(history)} != {1, 40}
-    assert "Stopped after" in capsys.readouterr().out
+    for schedule in ("plateau", "poly"):
+        settings = {"EPOCHS": 40, "VAL_EVERY": 100, "MAX_MINUTES": 0.6 / 60, "LR": 1.0}
+        history, _ = fit(Slow(range(1, 50)), LR_SCHEDULE=schedule, **settings)
+        seconds = [row["seconds"] for row in history]
+        left = 0.6 - sum(seconds)  # less than half of an epoch; before the last one, more
+        assert left < np.mean(seconds) / 2
+        assert left + seconds[-1] >= np.mean(seconds[:-1]) / 2
+        validated = {row["epoch"] for row in history if row["val_dice"] is not None}
+        assert validated == {1, len(history)} != {1, 40}
+        assert "Stopped after" in capsys.readouterr().out
+
+
+def test_poly_schedule_warms_up_and_ends_at_0_by_epochs_and_by_the_clock(tiny_config):
+    cfg = tiny_config(LR=2.0, EPOCHS=100, LR_SCHEDULE="poly")
+    state = train_pvs.TrainState(nn.Conv3d(1, 1, 3), cfg)
+    rows = [{"seconds": 4.0}]  # an epoch
+
+    def rate(epochs, steps, share=0.0, **changed):
+        state.cfg = train_pvs.replace(cfg, **changed)
+        state.progress |= {"history": epochs * rows, "steps": steps}
+        state.set_rate(share)
+        return state.optimizer.param_groups[0]["lr"]
+
+    assert rate(0, 0) == pytest.approx(2 / 30)  # the first of 30 steps that warm up
+    assert rate(0, 14) == pytest.approx(1)
+    # Of 100 epochs 50 and a half are done; the last epoch ends at 0.
+    assert rate(50, 999, 0.5) == pytest.approx(2 * 0.495**0.9)
+    assert rate(99, 999, 0.5) == pytest.approx(2 * 0.005**0.9)
+    assert rate(99, 999, 1) == 0
+    # 2 minutes are 30 epochs of 4 s, which is more of the training than 10 of 100 epochs are.
+    assert rate(10, 999, MAX_MINUTES=2.0) == pytest.approx(2 * (1 - 10 / 30) ** 0.9)
+    assert rate(10, 999, MAX_MINUTES=9.0) == pytest.approx(2 * 0.9**0.9)
+    # 30.4 epochs fit in: the 30th is the last; of 29.6, too.
+    for minutes in (30.4 / 15, 29.6 / 15):
+        assert rate(29, 999, 1, MAX_MINUTES=minutes) == 0
+        assert rate(29, 999, 0.5, MAX_MINUTES=minutes) > 0
+    before = rate(0, 999)
+    assert rate(50, 999, LR_SCHEDULE="plateau") == before  # it is the validation's to change

@@ -4,8 +4,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai import transforms as mt
 from monai.data import MetaTensor
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 import train_pvs
 from conftest import prepared_case
@@ -173,6 +175,69 @@ def test_volumes_smaller_than_the_patch_are_padded_and_their_centres_found_again
         assert patch.count_nonzero() == 13 * 16 * 7
         seen.add(round(patch[9, 8, 4].item(), 2))
     assert seen == {0.37, 0.45, 0.53}  # 0.25 + 0.12, 0.20, 0.28: all three are centres
+
+
+@pytest.fixture
+def cut_of(loader_of):
+    """Return a function that cuts a patch with a matrix, and the volume that it is cut from."""
+
+    def make(matrix, centre, size, **settings):
+        volume = ndimage.gaussian_filter(np.random.default_rng(0).random((24, 30, 27)), 1)
+        volume = (volume > np.median(volume)) * 0.5 + 0.25 * volume
+        volume = volume.astype(np.float16).astype(np.float32)
+        loader = loader_of(volume, volume > 0.5, IMG_PATCH_SIZE=size, AUGMENTATION="native")
+        cutter, item = loader.dataset.transforms.transforms[0], loader.dataset.cases[0]
+        item = train_pvs.load_cached(item)
+        image, label = cutter.cut([item[key] for key in KEYS], np.array(centre), matrix)
+        return volume, image[0].numpy(), label[0].numpy()
+
+    return make
+
+
+def test_turned_patches_are_interpolated_out_of_the_volume_with_nothing_smeared(cut_of):
+    """scipy's affine_transform is the independent computation; beyond the volume there is 0."""
+    size = (16, 8, 16)
+    turn = Rotation.from_euler("xyz", (20, -30, 10), degrees=True).as_matrix() / 0.8
+    for centre in ((12, 15, 13), (2, 28, 3), (23, 0, 26)):
+        middle = np.array(centre)
+        for matrix in (None, turn):
+            volume, image, label = cut_of(matrix, centre, size)
+            whole = np.eye(3) if matrix is None else matrix
+            how = {"offset": middle - whole @ (np.array(size) // 2), "output_shape": size}
+            how |= {"order": 1, "mode": "grid-constant"}
+            expected = ndimage.affine_transform(volume, whole, **how)
+            np.testing.assert_allclose(image, expected, atol=2e-5)
+            nearest = how | {"order": 0, "output": np.float32}
+            mask = ndimage.affine_transform(np.float32(volume > 0.5), whole, **nearest)
+            assert (label != mask).mean() < 0.002  # places halfway between voxels
+            assert set(np.unique(label)) == {0, 1}
+
+
+def test_native_patches_are_mirrored_turned_in_mm_and_centred_in_the_head(loader_of, tiny_config):
+    # Half of the volume is air. A patch's middle voxel is its centre, but of mirrored ones (8 of 16
+    # voxels lie before it), where it is the one before.
+    image, label = np.zeros((40, 40, 40)), np.zeros((40, 40, 40))
+    image[:20] = 0.5 + np.arange(20)[:, None, None] / 100
+    label[10, 20, 20] = 1
+    settings = {"AUGMENTATION": "native", "CROPS_PER_VOLUME": 300, "IMG_PATCH_SIZE": (16, 16, 16)}
+    loader = loader_of(image, label, **settings, POS_NEG_RATIO=0.5, FLIP_AXES="xz")
+    force(loader.dataset.transforms, mt.RandFlipd)
+    loader.dataset.transforms.transforms[0].draw_matrix = lambda: None
+    (batch,) = draw(loader, 1)
+    middle = batch["image"][:, 0, 7, 8, 7]
+    assert (middle > 0).all()
+    assert batch["label"][:, 0, 7, 8, 7].mean().item() == pytest.approx(1 / 3, abs=0.09)
+    rising = torch.diff(batch["image"][:, 0, 7:10, 8, 7], dim=1)
+    assert (rising < 0).any(1).all()  # all mirrored along x
+    # 300 draws of 0.2 and 0.2; a voxel of 1 x 1 x 3 mm: turned by mm, lengths in mm are kept.
+    cutter = train_pvs.CutPatches(tiny_config(PIX_DIM=(1.0, 1.0, 3.0))).set_random_state(0)
+    drawn = [matrix for matrix in (cutter.draw_matrix() for _ in range(300)) if matrix is not None]
+    assert len(drawn) / 300 == pytest.approx(0.36, abs=0.09)
+    for matrix in drawn:
+        in_mm = np.diag((1, 1, 3)) @ matrix @ np.diag((1, 1, 1 / 3))
+        scale = np.cbrt(np.linalg.det(in_mm))
+        assert 1 / 1.4 <= scale <= 1 / 0.7
+        np.testing.assert_allclose(in_mm @ in_mm.T, scale**2 * np.eye(3), atol=1e-9)
 
 
 def force(transforms, *kinds):
