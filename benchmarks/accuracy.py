@@ -1,80 +1,76 @@
-"""Train recipes for equal minutes on simulated heads with thin PVS, and compare them.
+"""Train recipes for equal minutes, test them on the same scanner and on another, compare them.
 
-    python benchmarks/accuracy.py                          all rows, 3 seeds, 4 minutes each
-    python benchmarks/accuracy.py --rows native --seeds 1  one of them
+    python benchmarks/accuracy.py                            all rows, 3 seeds, 8 minutes each
+    python benchmarks/accuracy.py --rows native --seeds 1    one of them
+    python benchmarks/accuracy.py --data-dir DATA            on a BIDS folder laid out as ds005595
 
-Every run is the script's own, `train_pvs.main`, with networks and patches that a CPU trains in
-minutes; nnU-Net, where it is installed, is run by `nnunet.py`. A row is runs of several seeds, on
-the same heads and the same split. What is done is kept in the folder --work and not done again; a
-run that was interrupted goes on. `docs/accuracy.md` is written after every run, with all rows whose
-seeds are done, asked for or not.
+Without --data-dir, heads are simulated by `heads.py`, which also scans the test heads again as
+another scanner would. Every run is the script's own, `train_pvs.main`, on one thread, with networks
+and patches that a CPU trains in minutes; nnU-Net, where it is installed, is run by `nnunet.py`. A
+row is runs of several seeds, on the same heads and the same split. What is done is kept in the
+folder --work and not done again, so that several commands may share the rows or seeds out; a run
+that was interrupted goes on. `docs/accuracy.md` is written after every run, from all that is below
+--work, asked for or not.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
-import os
+import platform
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
-from scipy import stats
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import heads  # noqa: E402
+
 import train_pvs  # noqa: E402
 
-SPACING = 0.8  # mm
-# Of PVS: 1.6 mm at the median, 0.9 to 3 mm, in voxels; half are at most two voxels wide.
-DIAMETERS = (2.0, 0.25, 1.1, 3.75)
 COMMON = (  # what makes a run small, the same for all rows
     "--encoder-name efficientnet-b0 --encoder-weights none --encoder-depth 3 --decoder-width 16 "
-    "--img-patch-size 48 48 48 --batch-size 1 --crops-per-volume 2 --batchnorm-momentum 0.1 "
-    "--head-bias-log-odds --val-every 1000000 --sw-overlap 0.25 --num-workers 1"
+    "--img-patch-size 64 --batch-size 1 --crops-per-volume 2 --batchnorm-momentum 0.1 "
+    "--head-bias-log-odds --sw-overlap 0.25 --num-workers 1 --save-probabilities"
 )
-NNUNET = "nnU-Net, 16 channels"
-# Name: what it is, flags of train_pvs.py, the row that it is compared with. A row that evaluates
-# tests the weights of the row named fourth anew.
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row: what it is, flags of train_pvs.py, the row whose weights it tests, what it drops."""
+
+    what: str
+    flags: str = ""
+    weights: str = ""  # of the row of this name; the flags are then those of --evaluate
+    without: tuple = ()  # of NATIVE_AUGMENTATION
+
+
+BASE, NNUNET = "native", "nnU-Net"
 ROWS = {
-    "published": ("UNet++ on a 1.5 mm grid", "--recipe published", "native"),
-    "published, own grid": (
-        "UNet++ on the scans' own grid",
-        "--recipe published --pix-dim 0 0 0",
-        "plain",
-    ),
-    "native": (
-        "DynUNet on the scans' own grid, averaged and mirrored as below",
-        "--recipe native",
-        "plain",
-    ),
-    "plain": ("native without these two", "--recipe native --ema-decay 0 --no-tta-flips", "native"),
-    "plain, averaged": (
-        "native without mirrored views: moving average of the weights",
-        "--evaluate --no-tta-flips",
-        "plain",
-        "native",
-    ),
-    "plain, mirrored": (
-        "native without the average: mean of eight mirrored views of a head",
-        "--evaluate --tta-flips",
-        "plain",
-        "plain",
-    ),
-    NNUNET: (
-        "nnU-Net v2, its own plan cut to 2 patches of 48 x 48 x 48 a step and to half its "
-        "channels, learning rate over these minutes, no mirroring; epochs of 5 steps",
-        "",
-        "native",
-    ),
+    "published": Row("UNet++ on a 1.5 mm grid", "--recipe published"),
+    "native": Row("DynUNet on the scans' own grid, as `--recipe native`", "--recipe native"),
+    "one view": Row("native, without mirrored views in the test", "--no-tta-flips", BASE),
+    "no mirroring": Row("native, neither in training nor test", "--flip-axes none --no-tta-flips"),
+    "all axes": Row("native, mirrored along all three axes", "--flip-axes xyz"),
+    "plateau": Row("native with the published schedule of the rate", "--lr-schedule plateau"),
+    "lower rate": Row("native with the published learning rate", "--lr 1e-3"),
+    "published patches": Row("native with these, not its own", "--augmentation published"),
+    "no bias field": Row("native without it in the augmentation", without=("bias",)),
+    "no blur": Row("native without it in the augmentation", without=("blur",)),
+    NNUNET: Row("nnU-Net, its own plan cut to the same patches and channels, mirrored"),
 }
 NO_NNUNET = "The row nnU-Net needs a package that is not installed: pip install nnunetv2"
 SCORES = {  # title of the column: key of a head's row of the test scores
     "native Dice": "native_dice",
-    "round trip": "roundtrip_dice",
     "lesion F1, any overlap": "lesion_f1_any",
     "volume error, %": "volume_ml_error_percent",
 }
 COMPARED = ("native_dice", "lesion_f1_any")
+SETS = {"same": "the same scanner", "other": "another scanner"}
+THRESHOLDS = np.arange(0.1, 0.95, 0.1)
 
 
 def write_json(path, content):
@@ -82,23 +78,23 @@ def write_json(path, content):
     train_pvs.write_file(path, json.dumps(content, indent=2) + "\n")
 
 
-def make_heads(options):
-    """Make the simulated data set, laid out as ds005595, and its split, unless they are there."""
-    folder = options.work / "data"
-    marker = folder / "dataset_description.json"
-    if marker.exists():
-        return
-    names = [f"sub-{number:03d}" for number in range(1, 1 + sum(options.heads))]
-    for number, name in enumerate(names):
-        print(f"simulating {name}", flush=True)
-        rng = np.random.default_rng([7, number])
-        volumes = train_pvs.simulate_head(rng, tuple(options.shape), DIAMETERS)
-        train_pvs.write_head(folder, name, volumes, SPACING)
-    train, val, _ = np.cumsum(options.heads)
-    split = {"train": names[:train], "val": names[train:val], "test": names[val:]}
-    write_json(folder / "split.json", split)
-    name = "Simulated heads with thin perivascular spaces"
-    write_json(marker, {"Name": name, "BIDSVersion": "1.9.0"})
+def prepare_data(options):
+    """Make what is missing: simulated heads, split, the test heads of another scanner."""
+    data, other, train = options.data_dir or options.work / "data", options.work / "other", []
+    kept = options.work / "settings.json"  # written last
+    if not kept.exists():
+        if not options.data_dir:
+            heads.main([str(data), str(sum(options.heads))])
+        cases = train_pvs.find_cases(train_pvs.Config(DATA_DIR=str(data)))
+        subjects = [case.subject for case in cases]
+        train, val, end = np.cumsum(options.heads)
+        split = {"train": subjects[:train], "val": subjects[train:val], "test": subjects[val:end]}
+        write_json(options.work / "split.json", split)
+        heads.rescan_cases([case for case in cases if case.subject in split["test"]], other)
+        told = {"data": str(options.data_dir or "simulated heads"), "minutes": options.minutes}
+        write_json(kept, told | {"heads": options.heads, "data_dir": str(data.resolve())})
+    split = json.loads((options.work / "split.json").read_text())
+    return json.loads(kept.read_text())["data_dir"], other, split
 
 
 def has_nnunet():
@@ -108,120 +104,165 @@ def has_nnunet():
 
 def run_folder(row, seed, options):
     """Return the folder of a run."""
-    return options.work / f"{row} {seed}".replace(", ", "-").replace(" ", "-")
+    return options.work / f"{row} {seed}".replace(" ", "-")
+
+
+def call(*flags):
+    """Run the script; an error ends the benchmark."""
+    status = train_pvs.main([str(flag) for flag in flags])
+    if status not in (0, 1):  # 1: nothing was learned, which is a result
+        sys.exit(status)
+
+
+def train(row, out, seed, options):
+    """Train and test a row with a seed on the data's own heads."""
+    made, augmentation = ROWS[row], dict(train_pvs.NATIVE_AUGMENTATION)
+    for name in made.without:
+        del train_pvs.NATIVE_AUGMENTATION[name]
+    recipe = [] if "--recipe" in made.flags else ["--recipe", BASE]
+    places = ["--data-dir", prepare_data(options)[0], "--split", options.work / "split.json"]
+    places += ["--cache-dir", options.work / "cache", "--output-dir", out.folder]
+    length = ["--seed", seed, "--max-minutes", options.minutes]
+    begun = "--resume" if out.last.exists() else "--overwrite"
+    call(begun, *COMMON.split(), *recipe, *made.flags.split(), *places, *length)
+    train_pvs.NATIVE_AUGMENTATION.update(augmentation)
 
 
 def run(row, seed, options):
-    """Train and test a row with a seed."""
-    out, (_, flags, _, *trained) = run_folder(row, seed, options), ROWS[row]
-    if row == NNUNET:
-        import nnunet
+    """Train and test a row with a seed; its result, written last, means that it is done."""
+    made, (data, other, split) = ROWS[row], prepare_data(options)
+    out = train_pvs.Run(run_folder(row, seed, options))
+    trained = train_pvs.Run(run_folder(made.weights or row, seed, options))
+    if not trained.scores.exists():
+        train(made.weights or row, trained, seed, options)
+    flags = ["--evaluate", "--overwrite", "--save-probabilities", "--checkpoint", trained.best]
+    flags += [*(made.flags.split() if made.weights else []), "--cache-dir", options.work / "cache"]
+    result = {"epochs": len(json.loads(trained.history.read_text()))}
+    for name, folder in {"same": data, "other": other}.items():
+        place = out if name == "same" and not made.weights else train_pvs.Run(out.folder / name)
+        if place is not out:
+            call(*flags, "--data-dir", folder, "--output-dir", place.folder)
+        rows = json.loads(place.scores.read_text())["subjects"]
+        best = find_threshold(place, folder, split)
+        result[name] = {"subjects": rows, "best_threshold": best}
+    write_json(out.folder / "result.json", result)
 
-        nnunet.run(out, seed, options)
-        return
-    places = {"--data-dir": options.work / "data", "--cache-dir": options.work / "cache"}
-    places["--output-dir"] = out
-    if trained:
-        weights = train_pvs.Run(run_folder(trained[0], seed, options)).best
-        if not read_run(trained[0], seed, options):
-            run(trained[0], seed, options)
-        flags = ["--overwrite", *flags.split(), "--checkpoint", weights]
-    else:
-        places |= {"--split": options.work / "data" / "split.json", "--seed": seed}
-        places["--max-minutes"] = options.minutes
-        begun = train_pvs.Run(out).last.exists()
-        flags = ["--resume" if begun else "--overwrite", *COMMON.split(), *flags.split()]
-    flags += [word for place in places.items() for word in place]
-    train_pvs.main(list(map(str, flags)))
+
+def find_threshold(place, data, split):
+    """Return the threshold of the highest mean Dice of the test heads' probabilities."""
+    dices = []
+    for case in train_pvs.find_cases(train_pvs.Config(DATA_DIR=str(data))):
+        if case.subject in split["test"]:
+            path = next(place.predictions.glob(f"{case.subject}/anat/*_probseg.nii.gz"))
+            prob, label = (np.asarray(nib.load(file).dataobj) for file in (path, case.label))
+            preds = (prob > threshold for threshold in THRESHOLDS)
+            dices.append([train_pvs.calculate_metrics(p, label > 0)["dice"] for p in preds])
+            path.unlink()
+    return round(float(THRESHOLDS[np.mean(dices, 0).argmax()]), 1)
 
 
 def read_run(row, seed, options):
-    """Return a run's rows of its subjects, its grid and number of epochs; None: it is not done."""
-    done = train_pvs.Run(run_folder(row, seed, options))
-    if not done.scores.exists():
-        return None
-    content, trained = json.loads(done.scores.read_text()), ROWS.get(row, ())[3:]
-    history = train_pvs.Run(run_folder(trained[0] if trained else row, seed, options)).history
-    return content["subjects"], content["grid"], len(json.loads(history.read_text()))
+    """Return a run's result; None: it is not done."""
+    path = run_folder(row, seed, options) / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
-def read_rows(options):
-    """Return {row: {seed: run}} of the rows of which all seeds are done."""
-    seeds = range(1, 1 + options.seeds)
-    rows = {row: {seed: read_run(row, seed, options) for seed in seeds} for row in ROWS}
-    return {row: runs for row, runs in rows.items() if all(runs.values())}
+def read_rows(work):
+    """Return {row: {seed: result}} of what is done in a folder; rows as in ROWS."""
+    options, rows = argparse.Namespace(work=work), {}
+    for row in ROWS:
+        runs = {seed: read_run(row, seed, options) for seed in range(1, 10)}
+        rows[row] = {seed: result for seed, result in runs.items() if result}
+    return {row: runs for row, runs in rows.items() if runs}
+
+
+def table_of(runs, name, key):
+    """Return a score of a test set, (seeds, heads)."""
+    return np.array([[abs(s[key]) for s in run[name]["subjects"]] for run in runs.values()])
 
 
 def interval(values):
-    """Return the 95 % bootstrap interval of a mean."""
-    settings = {"n_resamples": 10_000, "rng": np.random.default_rng(0), "method": "percentile"}
-    return tuple(stats.bootstrap((values,), np.mean, **settings).confidence_interval)
+    """Return the 95 % bootstrap interval of a mean over seeds and heads (S, H), both drawn."""
+    rng = np.random.default_rng(0)
+    seeds, subjects = (rng.integers(n, size=(10_000, n)) for n in values.shape)
+    means = [values[np.ix_(a, b)].mean() for a, b in zip(seeds, subjects, strict=True)]
+    return np.percentile(means, (2.5, 97.5))
 
 
-def describe_row(row, results):
-    """Return a table line: the means over subjects and seeds, and the differences to its base."""
-    runs, base = results[row], results.get(ROWS[row][2])
-    cells = [f"**{row}**: {ROWS[row][0]}", next(iter(runs.values()))[1].split(", ")[-1]]
+def describe_mean(values, digits=3, sign=""):
+    """Return a mean and its interval in words."""
+    low, high = interval(values)
+    numbers = (f"{number:{sign}.{digits}f}" for number in (values.mean(), low, high))
+    return "{} ({} to {})".format(*numbers)
+
+
+def describe_row(row, results, name):
+    """Return a table line: means over heads and seeds, and the paired differences to BASE."""
+    runs, base = results[row], results.get(BASE, {})
+    cells = [f"**{row}**: {ROWS[row].what}"]
     for key in SCORES.values():
-        values = np.array([abs(s[key]) for subjects, *_ in runs.values() for s in subjects])
-        low, high = interval(values)
-        digits = 0 if key.endswith("percent") else 3
-        cells.append(f"{values.mean():.{digits}f} ({low:.{digits}f} to {high:.{digits}f})")
-    cells.append(ROWS[row][2])
-    cells += [compare(runs, base, key) if base else "" for key in COMPARED]
-    cells.append(", ".join(str(epochs) for *_, epochs in runs.values()))
+        cells.append(describe_mean(table_of(runs, name, key), 0 if key.endswith("percent") else 3))
+    common = [seed for seed in runs if seed in base and row != BASE]
+    for key in COMPARED:
+        pair = [table_of({seed: of[seed] for seed in common}, name, key) for of in (runs, base)]
+        cells.append(describe_mean(pair[0] - pair[1], sign="+") if common else "")
+    dices = table_of(runs, name, "native_dice").mean(1)
+    cells += [
+        f"{np.ptp(dices):.3f}",
+        ", ".join(str(r[name]["best_threshold"]) for r in runs.values()),
+    ]
+    cells.append(", ".join(str(result["epochs"]) for result in runs.values()))
     return "| " + " | ".join(cells) + " |"
 
 
-def compare(runs, base, key):
-    """Return the paired difference of a score to the base's, same seeds and heads."""
-    pairs = [zip(runs[seed][0], base[seed][0], strict=True) for seed in runs]
-    gains = np.array([a[key] - b[key] for pair in pairs for a, b in pair])
-    low, high = interval(gains)
-    return f"{gains.mean():+.3f} ({low:+.3f} to {high:+.3f})"
+INTRODUCTION = f"""\
+# Recipes compared
+
+Written by `benchmarks/accuracy.py`; the PVS are **simulated**, the networks and patches small, and
+training is short, on one thread of a CPU. Scores are means over test heads and seeds on the
+**native grid**, at threshold 0.5, with the 95 % bootstrap interval over heads and seeds.
+Differences are to `{BASE}`, paired by head and seed: what an interval leaves on one side of 0
+counts. Spread: the largest less the smallest mean Dice of a seed. Best threshold: of 0.1 to 0.9, by
+the Dice of the test heads, for each seed; near 0.5 a network is calibrated. Another scanner: the
+same test heads with other contrast, blur, bias field, noise, intensities, and voxels of 0.9 x 0.9 x
+1 mm.
+"""
 
 
-def write_table(results, options):
-    """Write the table of all runs so far."""
-    heads = "{} train, {} val, {} test".format(*options.heads)
-    shape = " x ".join(map(str, options.shape))
-    lines = [
-        "# Recipes compared on simulated PVS",
-        "",
-        f"Simulated heads of {shape} voxels of {SPACING} mm ({heads}) with thin PVS (0.9 to 3 mm, "
-        "half below 1.6 mm), lesions and unlabelled PVS in the basal ganglia that look alike. "
-        f"{options.minutes:g} minutes of training each, on {os.cpu_count()} cores of a "
-        "CPU; networks and patches are small: see `benchmarks/accuracy.py`, which makes this "
-        "table, and `nnunet.py` beside it. Scores are means over the test heads and seeds, with "
-        "the 95 % bootstrap interval over these pairs, which are not independent, all on the "
-        "**native grid**. Round trip: what the grid alone leaves of a perfect mask. Differences "
-        "are paired: the same heads and seeds. nnU-Net is made for a thousand epochs; its row says "
-        "only what these minutes give.",
-        "",
-        f"| recipe | trained on | {' | '.join(SCORES)} | compared with | native Dice, difference | "
-        "lesion F1, difference | epochs |",
-        "| --- | --- | " + " | ".join("---" for _ in SCORES) + " | --- | --- | --- | --- |",
-    ]
-    lines += [describe_row(row, results) for row in results]
-    train_pvs.write_file(options.output, "\n".join(lines) + "\n")
+def write_tables(top, output):
+    """Write the tables of all that is done below `top`."""
+    parts = [INTRODUCTION]
+    titles = [*SCORES, "Dice, difference", "F1, difference", "spread", "best threshold", "epochs"]
+    for kept in sorted(top.glob("*/settings.json")):
+        results, told = read_rows(kept.parent), json.loads(kept.read_text())
+        counts = "{} heads to train, {} to validate, {} to test".format(*told["heads"])
+        for name, title in SETS.items() if results else ():
+            made = f"{Path(told['data']).name}, {told['minutes']:g} minutes, {title}"
+            parts.append(f"## {made[0].upper()}{made[1:]}\n\n{counts}; {platform.machine()}.\n")
+            parts.append(f"| recipe | {' | '.join(titles)} |\n|{' --- |' * (len(titles) + 1)}")
+            parts += [describe_row(row, results, name) for row in results]
+            parts[-1] += "\n"
+    train_pvs.write_file(output, "\n".join(parts).rstrip("\n") + "\n")
 
 
 def parse(parser, argv):
-    """Return the options; what runs of other sizes did lies in other folders below --work."""
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=4)
-    parser.add_argument("--shape", type=int, nargs=3, default=(128, 160, 64), help="of heads")
-    text = "how many to train, validate, test"
+    """Return the options; what runs of other data or minutes did lies in other folders."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2, 3))
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--data-dir", type=Path, help="BIDS folder; none: heads are simulated")
+    text = "how many to train, validate, test, in the order of their names"
     parser.add_argument("--heads", type=int, nargs=3, default=(12, 1, 4), help=text)
     parser.add_argument("--work", type=Path, default=Path("outputs_accuracy"))
     options = parser.parse_args(argv)
-    size = ("x".join(map(str, options.shape)), *options.heads, f"{options.minutes:g}min")
-    options.work /= "-".join(map(str, size))
+    data = options.data_dir.resolve().name if options.data_dir else "simulated"
+    options.top, size = options.work, "-".join(map(str, options.heads))
+    options.work /= f"{data}-{size}-{options.minutes:g}min"
+    torch.set_num_threads(1)
     return options
 
 
 def main(argv=None):
-    """Make the data, train what has not been, write the table; return the status."""
+    """Make the data, train what has not been, write the tables; return the status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     rows = [row for row in ROWS if row != NNUNET or has_nnunet()]
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=rows)
@@ -230,17 +271,17 @@ def main(argv=None):
     if not set(options.rows) <= set(rows):
         print(NO_NNUNET, file=sys.stderr)
         return 2
-    make_heads(options)
-    for seed in range(1, 1 + options.seeds):
+    for seed in options.seeds:
         for row in options.rows:
-            if not read_run(row, seed, options):
-                run(row, seed, options)
-            if not read_run(row, seed, options):
-                told = f"{run_folder(row, seed, options)}: expected scores, found none"
-                print(f"{told}; see what was said above", file=sys.stderr)
-                return 1
-            if results := read_rows(options):
-                write_table(results, options)
+            if read_run(row, seed, options) is None:
+                if row == NNUNET:
+                    import nnunet
+
+                    nnunet.run(seed, options)
+                else:
+                    run(row, seed, options)
+                write_tables(options.top, options.output)
+    write_tables(options.top, options.output)
     print(options.output.read_text())
     return 0
 

@@ -1,24 +1,20 @@
-"""Train nnU-Net v2 on the simulated heads of accuracy.py, for as many minutes: a row of its table.
+"""Train nnU-Net v2 on the heads of accuracy.py, for as many minutes: the row nnU-Net of its tables.
 
-    pip install nnunetv2                               into the environment of requirements.txt
-    python benchmarks/nnunet.py                        3 seeds, 4 minutes each
-    python benchmarks/accuracy.py --rows "nnU-Net, 16 channels"   the same, and writes the table
+    pip install nnunetv2==2.8.1                        into the environment of requirements.txt
+    python benchmarks/accuracy.py --rows nnU-Net       3 seeds, 8 minutes each
 
 nnU-Net (Isensee et al. 2021, 10.1038/s41592-020-01008-z) plans and preprocesses by itself
 (3d_fullres), once; time for that does not count. Network, loss, deep supervision, optimizer,
-sampling, augmentation and sliding window are its own. What differs, for minutes on a CPU:
+sampling, augmentation, mirroring and sliding window are its own. What differs, for minutes on a
+CPU:
 
 - Patches are PATCH, BATCH a step. The planner's own rules give this patch its stages (the first
-  ones of the plan, as wide as planned) and the Dice loss over the whole batch.
+  ones of the plan, in its proportions, of CHANNELS) and the Dice loss over the whole batch.
 - The learning rate falls over the minutes, as it otherwise does over 1000 epochs, and the clock
   ends the training. Data loading counts. There is no validation.
-- No mirroring, in training and in tests: --mirroring changes that.
-- --channels 16, the default, halves the network, as accuracy.py halves the recipe native.
-
-What is done is kept in the folder --work and not done again.
+- Windows overlap by a quarter in tests, as in the other rows, and not by half.
 """
 
-import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -40,8 +36,9 @@ sys.path.insert(0, str(ROOT))
 import accuracy  # noqa: E402
 import train_pvs  # noqa: E402
 
-PATCH, BATCH = (48, 48, 48), 2  # voxels; patches a step
-EPOCH = 5  # steps that share a line and a row of the history
+PATCH, BATCH = (64, 64, 64), 2  # voxels; patches a step
+CHANNELS = 16  # at full resolution, as accuracy.py gives the recipe native
+EPOCH = 12  # steps that share a line and a row of the history, as heads in accuracy.py
 DATA_SET, CONFIGURATION = "Dataset001_PVS", "3d_fullres"  # in nnU-Net's words
 
 
@@ -97,19 +94,15 @@ def find_stages(plan):
     return found[1:3]
 
 
-def cut_plan(plan, strides, kernel_sizes, channels=0):
-    """Return a configuration of nnU-Net's plans for BATCH patches of PATCH, with these stages.
-
-    `channels`: at full resolution, the other stages in proportion; 0: as planned.
-    """
+def cut_plan(plan, strides, kernel_sizes):
+    """Return a configuration of nnU-Net's plans for BATCH patches of PATCH, with these stages."""
     stages, network = len(strides), plan["architecture"]
     kept = {"features_per_stage": stages, "n_conv_per_stage": stages}
     kept["n_conv_per_stage_decoder"] = stages - 1
     sizes = {key: network["arch_kwargs"][key][:count] for key, count in kept.items()}
     sizes |= {"n_stages": stages, "strides": strides, "kernel_sizes": kernel_sizes}
-    if channels:
-        features = sizes["features_per_stage"]
-        sizes["features_per_stage"] = [channels * count // features[0] for count in features]
+    features = sizes["features_per_stage"]
+    sizes["features_per_stage"] = [CHANNELS * count // features[0] for count in features]
     # The planner's rule: the loss is of the whole batch where a patch is below a quarter of a scan.
     share = math.prod(PATCH) / math.prod(plan["median_image_size_in_voxels"])
     cut = {"patch_size": list(PATCH), "batch_size": BATCH, "batch_dice": share < 0.25}
@@ -132,14 +125,7 @@ def describe_plan(plan):
 
 
 class TimedTraining:
-    """What is put before nnUNetTrainer: training for `seconds`, seeded, mirroring as asked for."""
-
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
-        """Return nnU-Net's settings of the augmentation; with `mirroring` False, without it."""
-        *settings, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        if not self.mirroring:
-            axes = self.inference_allowed_mirroring_axes = None
-        return *settings, axes
+    """What is put before nnUNetTrainer: training for `seconds`, seeded."""
 
     def on_train_start(self):
         """Start as nnU-Net does, then seed the augmentation, and end that of validation."""
@@ -178,7 +164,7 @@ def list_epochs(steps):
     return rows
 
 
-def build_trainer(plans, data_set, seed, minutes, mirroring):
+def build_trainer(plans, data_set, seed, minutes):
     """Return nnU-Net's trainer, on the CPU, for so many minutes."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -188,7 +174,7 @@ def build_trainer(plans, data_set, seed, minutes, mirroring):
     timed = type("TimedTrainer", (TimedTraining, nnUNetTrainer), {})
     plans = plans | {"continue_training": False}
     trainer = timed(plans, CONFIGURATION, 0, data_set, torch.device("cpu"))
-    trainer.seed, trainer.seconds, trainer.mirroring = seed, 60 * minutes, mirroring
+    trainer.seed, trainer.seconds = seed, 60 * minutes
     return trainer
 
 
@@ -196,11 +182,11 @@ def build_trainer(plans, data_set, seed, minutes, mirroring):
 
 
 def build_predictor(trainer):
-    """Return nnU-Net's predictor with the trained network; windows overlap by half."""
+    """Return nnU-Net's predictor with the trained network; windows overlap as in accuracy.py."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     trainer.set_deep_supervision_enabled(False)
-    settings = {"tile_step_size": 0.5, "use_mirroring": trainer.mirroring, "allow_tqdm": False}
+    settings = {"tile_step_size": 0.75, "use_mirroring": True, "allow_tqdm": False}
     predictor = nnUNetPredictor(device=trainer.device, **settings)
     predictor.manual_initialization(
         trainer.network,
@@ -214,90 +200,60 @@ def build_predictor(trainer):
     return predictor
 
 
-def test_case(predictor, case, out):
-    """Segment a scan, write its mask, return its row of scores."""
+def test_case(predictor, case):
+    """Segment a scan; return its row of scores, and its Dice at accuracy.THRESHOLDS."""
     reader = predictor.plans_manager.image_reader_writer_class()
     image, properties = reader.read_images([case.image])  # (1, Z, Y, X)
-    pred = predictor.predict_single_npy_array(image, properties).transpose(2, 1, 0) > 0
+    probs = predictor.predict_single_npy_array(image, properties, None, None, True)[1]
+    prob = probs[1].transpose(2, 1, 0)
     label = np.asarray(nib.load(case.label).dataobj) > 0
-    name = f"{case.name}_label-PVS_desc-nnUNet_mask.nii.gz"
-    train_pvs.write_nifti(out / "predictions" / name, pred.astype(np.uint8), case.image)
     affine = torch.from_numpy(nib.load(case.image).affine)
-    # All scans have the grid that nnU-Net plans for, so that a perfect mask loses nothing.
     entry = {"native_affine": affine, "label": torch.from_numpy(label)[None]}
-    return train_pvs.score_case(
-        dataclasses.replace(case, roundtrip_dice=1.0), entry, pred, pred, label
-    )
+    pred, case = prob > 0.5, dataclasses.replace(case, roundtrip_dice=1.0)  # not in the tables
+    row = train_pvs.score_case(case, entry, pred, pred, label)
+    preds = (prob > threshold for threshold in accuracy.THRESHOLDS)
+    return row, [train_pvs.calculate_metrics(pred, label)["dice"] for pred in preds]
 
 
-def write_results(out, rows, trainer, plan, planned):
-    """Write history and scores where accuracy.py reads them; the scores, last, mean: done."""
-    told = describe_plan(plan) | {
-        "parameters": sum(p.numel() for p in trainer.network.parameters()),
-        "iterations": len(trainer.steps),
-        "minutes": trainer.steps[-1][-1] / 60,
-        "mirroring": trainer.mirroring,
-        "nnunetv2": importlib.metadata.version("nnunetv2"),
-        "planned": describe_plan(planned),
-    }
-    grid = " x ".join(f"{mm:g}" for mm in plan["spacing"])
-    content = {"grid": f"grid of nnU-Net's plan, {grid} mm", "plan": told, "subjects": rows}
-    done = train_pvs.Run(out)
-    accuracy.write_json(done.history, list_epochs(trainer.steps))
-    accuracy.write_json(done.scores, content)
+def test_cases(predictor, folder, split):
+    """Return what accuracy.py keeps of a test set."""
+    rows, dices = [], []
+    for case in train_pvs.find_cases(train_pvs.Config(DATA_DIR=str(folder))):
+        if case.subject in split["test"]:
+            row, at_thresholds = test_case(predictor, case)
+            tell(f"{case.name}   native Dice {row['native_dice']:.4f}")
+            rows.append(row)
+            dices.append(at_thresholds)
+    best = accuracy.THRESHOLDS[np.mean(dices, 0).argmax()]
+    return {"subjects": rows, "best_threshold": round(float(best), 1)}
 
 
-def run(out, seed, options, mirroring=False, channels=16):
-    """Train and test with a seed; scores, masks and nnU-Net's own words go to the folder `out`."""
+def run(seed, options):
+    """Train and test with a seed; the result and nnU-Net's own words go to the row's folder."""
+    out = accuracy.run_folder(accuracy.NNUNET, seed, options)
+    data, other, split = accuracy.prepare_data(options)
     (out / "logs").mkdir(parents=True, exist_ok=True)
     log = out / "logs" / "nnunet.log"
     with log.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         raw, preprocessed = set_folders(options.work, out / "nnunet")
-        data = options.work / "data"
         cases = train_pvs.find_cases(train_pvs.Config(DATA_DIR=str(data)))
-        split = json.loads((data / "split.json").read_text())
         tell(f"nnU-Net, seed {seed}: {out}")
         plans, data_set = prepare(cases, split, raw, preprocessed)
         planned = plans["configurations"][CONFIGURATION]
-        plan = cut_plan(planned, *find_stages(planned), channels)
+        plan = cut_plan(planned, *find_stages(planned))
         plans["configurations"][CONFIGURATION] = plan
-        trainer = build_trainer(plans, data_set, seed, options.minutes, mirroring)
+        trainer = build_trainer(plans, data_set, seed, options.minutes)
         trainer.run_training()
-        predictor, rows = build_predictor(trainer), []
-        for case in cases:
-            if case.subject in split["test"]:
-                rows.append(test_case(predictor, case, out))
-                tell(f"{case.name}   native Dice {rows[-1]['native_dice']:.4f}")
-        write_results(out, rows, trainer, plan, planned)
+        predictor, history = build_predictor(trainer), list_epochs(trainer.steps)
+        accuracy.write_json(train_pvs.Run(out).history, history)
+        result = {"epochs": len(history), "plan": describe_plan(plan)}
+        result["planned"] = describe_plan(planned)
+        for name, folder in {"same": data, "other": other}.items():
+            result[name] = test_cases(predictor, folder, split)
+        result["nnunetv2"] = importlib.metadata.version("nnunetv2")
+        accuracy.write_json(out / "result.json", result)
 
 
 def tell(words):
     """Show a line on the screen while nnU-Net's own words go to a file."""
     print(words, file=sys.__stdout__, flush=True)
-
-
-def main(argv=None):
-    """Make the data, train and test with each seed unless that is done; return the status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    told = "in training and tests, as nnU-Net does; such runs have no row in the table"
-    parser.add_argument("--mirroring", action="store_true", help=told)
-    told = "of the first stage, the others in proportion; 0: as planned, 32"
-    parser.add_argument("--channels", type=int, default=16, help=told)
-    options = accuracy.parse(parser, argv)
-    if not accuracy.has_nnunet():
-        print(accuracy.NO_NNUNET, file=sys.stderr)
-        return 2
-    accuracy.make_heads(options)
-    row = "nnU-Net" + options.mirroring * ", mirroring"
-    row += f", {options.channels} channels" if options.channels else ""
-    for seed in range(1, 1 + options.seeds):
-        out = accuracy.run_folder(row, seed, options)
-        if not accuracy.read_run(row, seed, options):
-            run(out, seed, options, options.mirroring, options.channels)
-        dices = [subject["native_dice"] for subject in accuracy.read_run(row, seed, options)[0]]
-        print(f"{row}, seed {seed}: mean native Dice {np.mean(dices):.4f}; {out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,8 +10,14 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
+
+from conftest import make_subject
+from running import draw_nothing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import heads
+
 import accuracy
 import nnunet
 import speed
@@ -29,39 +35,65 @@ def rows_of(path, first):
 def accuracies(tmp_path_factory):
     """Run the smallest case of two rows, of which the second tests the first's weights anew."""
     work = tmp_path_factory.mktemp("accuracy")
-    flags = "--seeds 1 --minutes 0.001 --shape 32 40 32 --heads 2 1 2".split()
-    flags += ["--work", str(work), "--output", str(work / "table.md"), "--rows", "plain, mirrored"]
-    assert accuracy.main(flags) == 0
-    return flags, next(work.glob("32x40x32*")), work / "table.md"
+    for number in range(1, 6):
+        make_subject(work / "data", f"sub-{number:03d}", seed=number)
+    flags = "--seeds 1 --minutes 0.001 --heads 2 1 2".split()
+    flags += ["--data-dir", work / "data", "--work", work / "runs", "--output", work / "table.md"]
+    flags = [*map(str, flags), "--rows", "native", "one view"]
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        patch.setattr(accuracy, "COMMON", f"{accuracy.COMMON} --img-patch-size 16")
+        assert accuracy.main(flags) == 0
+        yield flags, work / "runs" / "data-2-1-2-0.001min", work
 
 
-def test_accuracy_measures_rows_and_does_nothing_twice(accuracies):
-    flags, folder, table = accuracies
-    text, rows = table.read_text(), rows_of(table, "recipe")
-    assert [row[0].split(":")[0] for row in rows] == ["**plain**", "**plain, mirrored**"]
-    files = [train_pvs.Run(folder / f"{row}-1").scores for row in ("plain", "plain-mirrored")]
-    for row, file, mirrored in zip(rows, files, (False, True), strict=True):
-        scores = json.loads(file.read_text())
-        assert f"{scores['native']['dice']['mean']:.3f} (" in row[2]
-        assert scores["config"]["TTA_FLIPS"] == mirrored
-        assert [head["participant_id"] for head in scores["subjects"]] == ["sub-004", "sub-005"]
-        assert row[-1] == "1"  # epoch
+def test_accuracy_measures_rows_on_two_scanners_and_does_nothing_twice(accuracies):
+    flags, folder, work = accuracies
+    text, rows = (work / "table.md").read_text(), rows_of(work / "table.md", "recipe")
+    titles = re.findall("^## (.*)", text, re.M)
+    assert titles == [f"Data, 0.001 minutes, {name}" for name in accuracy.SETS.values()]
+    assert [row[0].split(":")[0] for row in rows] == 2 * ["**native**", "**one view**"]
+    files = [folder / f"{row}-1" / "result.json" for row in ("native", "one-view")]
+    for number, file in enumerate(files):
+        result = json.loads(file.read_text())
+        for name, row in zip(("same", "other"), (rows[number], rows[2 + number]), strict=True):
+            tested = result[name]["subjects"]
+            assert [head["participant_id"] for head in tested] == ["sub-004", "sub-005"]
+            mean = np.mean([head["native_dice"] for head in tested])
+            assert row[1].startswith(f"{mean:.3f} (")
+            assert row[-2:] == [str(result[name]["best_threshold"]), "1"]  # epoch
+    places = (folder / "native-1", folder / "one-view-1" / "same")
+    views = [json.loads(train_pvs.Run(place).scores.read_text())["config"] for place in places]
+    assert [config["TTA_FLIPS"] for config in views] == [True, False]
     times = [file.stat().st_mtime_ns for file in files]
     assert accuracy.main(flags) == 0
-    assert table.read_text() == text
+    assert (work / "table.md").read_text() == text
     assert [file.stat().st_mtime_ns for file in files] == times
 
 
+def test_other_scanner_has_other_voxels_and_intensities_and_as_much_pvs(tmp_path):
+    image, label = heads.simulate_head(np.random.default_rng(0), (48, 56, 48))
+    rng = np.random.default_rng(1)
+    other, mask = heads.rescan(image, label, (0.8, 0.8, 0.8), rng)
+    assert other.shape == mask.shape == (42, 49, 38)  # 48 * 0.8 / 0.9 = 42.7, 38.4 mm
+    volumes = [label.sum() * 0.8**3, mask.sum() * 0.9 * 0.9]  # mm3
+    assert volumes[1] == pytest.approx(volumes[0], rel=0.1)
+    back = ndimage.zoom(other.astype(float), np.divide(image.shape, other.shape), order=1)
+    assert 0.6 < np.corrcoef(image.ravel(), back.ravel())[0, 1] < 0.99
+
+
 def test_speed_measures_each_kind_of_row(accuracies, tmp_path):
-    output, checkpoint = tmp_path / "docs" / "b.md", train_pvs.Run(accuracies[1] / "plain-1").best
+    output, checkpoint = tmp_path / "docs" / "b.md", train_pvs.Run(accuracies[1] / "native-1").best
     flags = ["--pairs", "1", "--device", "cpu", "--output", str(output), "--work", str(tmp_path)]
     sizes = ["--shape", "40", "48", "40", "--patches", "32", "32"]
     assert speed.main(["--only", "epoch", "preparation", *flags, *sizes]) == 0
-    data = ["--data-dir", str(accuracies[1] / "data"), "--checkpoint", str(checkpoint)]
+    data = ["--data-dir", str(accuracies[2] / "data"), "--checkpoint", str(checkpoint)]
     trained = tmp_path / "trained.md"
     assert speed.main(["--only", "inference", *flags, *data, "--output", str(trained)]) == 0
     rows = rows_of(output, "measured") + rows_of(trained, "measured")
-    assert [row[1] for row in rows] == ["pipeline, cached", "first run, empty cache", "pipeline"]
+    changed = ["cropped to the head", "channels-last"]  # each alone, on a grid above 0.8 mm
+    sides = ["pipeline, cached", "first run, empty cache", "pipeline", *changed]
+    assert [row[1] for row in rows] == sides
     for *_, a, b, ratio, spread in rows:
         assert float(ratio.strip("*")) == pytest.approx(float(b) / float(a), rel=0.02)
         assert spread.endswith(", 1 pair")
@@ -87,50 +119,64 @@ def test_speeds_table_has_medians_of_ratios_and_keeps_other_rows(tmp_path):
     assert text.endswith(f"{others}\n")
 
 
-def test_accuracys_table_has_means_over_heads_and_seeds_and_paired_differences(tmp_path):
-    def runs(*dices):  # of two heads for each seed
-        same = {"roundtrip_dice": 1, "lesion_f1_any": 0.5}
-        rows = [{"native_dice": d, "volume_ml_error_percent": -100 * d} | same for d in dices]
-        return {seed: (rows[2 * seed :][:2], "grid, RAS, 0.8 x 0.8 x 0.8 mm", 7) for seed in (0, 1)}
+def test_accuracys_table_has_means_and_paired_differences_over_heads_and_seeds(tmp_path):
+    def keep(row, *dices):  # of two heads for each of two seeds
+        for seed in (1, 2):
+            rows = [{"native_dice": d, "volume_ml_error_percent": -100 * d, "lesion_f1_any": 0.5}
+                    for d in dices[2 * seed - 2 : 2 * seed]]  # fmt: skip
+            result = {"same": {"subjects": rows, "best_threshold": 0.4}, "epochs": 7}
+            path = tmp_path / "heads" / f"{row}-{seed}" / "result.json"
+            accuracy.write_json(path, result | {"other": result["same"]})
 
-    results = {"published": runs(0.1, 0.2, 0.3, 0.2), "native": runs(0.5, 0.6, 0.8, 0.7)}
-    sizes = {"minutes": 3, "shape": (4, 5, 6), "heads": (7, 8, 9)}
-    accuracy.write_table(results, Namespace(output=tmp_path / "table.md", **sizes))
-    published, native = rows_of(tmp_path / "table.md", "recipe")
-    # Means 0.2 and 0.65; differences -0.4, -0.4, -0.5, -0.5; the error of volume without its sign
-    assert published[1:4:2] == ["0.8 x 0.8 x 0.8 mm", "1.000 (1.000 to 1.000)"]
-    assert [published[2][:7], published[5][:4], native[2][:7]] == ["0.200 (", "20 (", "0.650 ("]
-    assert published[6:8] == ["native", "-0.450 (-0.500 to -0.400)"]
-    assert native[6:] == ["plain", "", "", "7, 7"]
+    keep("published", 0.1, 0.2, 0.3, 0.2)
+    keep("native", 0.5, 0.6, 0.8, 0.7)
+    told = {"data": "heads", "minutes": 3, "heads": (7, 8, 9)}
+    accuracy.write_json(tmp_path / "heads" / "settings.json", told)
+    accuracy.write_tables(tmp_path, tmp_path / "table.md")
+    published, native = rows_of(tmp_path / "table.md", "recipe")[:2]
+    # Means 0.2 and 0.65; differences -0.4, -0.4, -0.5, -0.5; of seeds 0.15, 0.25 and 0.55, 0.75
+    # the spread. Both seeds and both heads are drawn: the interval spans all means of them.
+    assert published[1:4] == ["0.200 (0.100 to 0.300)", "0.500 (0.500 to 0.500)", "20 (10 to 30)"]
+    assert published[4:] == [
+        "-0.450 (-0.500 to -0.400)", "+0.000 (+0.000 to +0.000)", "0.100", "0.4, 0.4", "7, 7"
+    ]  # fmt: skip
+    assert [native[1][:7], *native[4:7]] == ["0.650 (", "", "", "0.200"]
 
 
 def test_one_line_says_what_to_install_for_nnunet(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "nnunetv2", None)  # as if it were not installed
-    assert accuracy.main(["--rows", "native", accuracy.NNUNET]) == nnunet.main([]) == 2
-    assert capsys.readouterr() == ("", 2 * f"{accuracy.NO_NNUNET}\n")
+    assert accuracy.main(["--rows", "native", accuracy.NNUNET]) == 2
+    assert capsys.readouterr() == ("", f"{accuracy.NO_NNUNET}\n")
     assert "pip install nnunetv2" in accuracy.NO_NNUNET
 
 
-def test_nnunet_learns_from_no_test_head_and_is_scored_on_the_scans_grid(accuracies, tmp_path):
-    data = accuracies[1] / "data"
-    cases = train_pvs.find_cases(train_pvs.Config(DATA_DIR=str(data)))
-    nnunet.lay_out(cases, json.loads((data / "split.json").read_text()), tmp_path)
+def test_nnunet_learns_from_no_test_head_and_is_scored_on_the_scans_grid(
+    accuracies, tmp_path, monkeypatch
+):
+    split = json.loads((accuracies[1] / "split.json").read_text())
+    cases = train_pvs.find_cases(train_pvs.Config(DATA_DIR=str(accuracies[2] / "data")))
+    nnunet.lay_out(cases, split, tmp_path)
     names = sorted(path.name for path in tmp_path.glob("*/*"))
     assert names == [f"sub-00{n}{end}.nii.gz" for n in (1, 2, 3) for end in ("", "_0000")]
     label = np.asarray(nib.load(cases[-1].label).dataobj)
 
-    def predict(image, properties):  # it finds every voxel of the upper half
-        assert image.shape == (1, 32, 40, 32)
-        return (label * (np.arange(32) >= 16)).transpose(2, 1, 0)
+    def predict(image, properties, *_):  # it finds every voxel of the upper half
+        prob = 0.6 * (label * (np.arange(label.shape[2]) >= 10)).transpose(2, 1, 0)
+        assert image.shape == (1, *prob.shape)
+        return prob > 0.5, np.stack([1 - prob, prob])
 
     reader = SimpleNamespace(read_images=lambda paths: (nib.load(paths[0]).get_fdata().T[None], {}))
     manager = SimpleNamespace(image_reader_writer_class=lambda: reader)
     predictor = SimpleNamespace(plans_manager=manager, predict_single_npy_array=predict)
-    row = nnunet.test_case(predictor, cases[-1], tmp_path)
-    share = label[..., 16:].sum() / label.sum()
+    row, dices = nnunet.test_case(predictor, cases[-1])
+    share = label[..., 10:].sum() / label.sum()
     assert 0 < share < 1
     assert row["native_dice"] == pytest.approx(2 * share / (1 + share))
+    assert dices == pytest.approx(
+        5 * [row["native_dice"]] + 4 * [0]
+    )  # from 0.1 to 0.9; 0.6 is none
     assert row["volume_ml_error_percent"] == pytest.approx(100 * (share - 1))
     steps = [(3, 0.3, 10), (2, 0.2, 20), (1, 0.1, 26), (0, 0.1, 30), (4, 0.1, 31), (5, 0.05, 33)]
+    monkeypatch.setattr(nnunet, "EPOCH", 5)
     rows = [list(row.values()) for row in nnunet.list_epochs(steps)]
     assert rows == [[1, 5, 2, 0.3, 31], [2, 1, 5, 0.05, 2]]  # epoch, steps, loss, lr, seconds
