@@ -1,6 +1,7 @@
 """Rows, summaries and tables of test scores against hand-worked numbers and libraries."""
 
 import csv
+import functools
 import json
 import math
 import re
@@ -40,21 +41,17 @@ def test_summary_of_hand_worked_values_counts_the_undefined_apart():
     assert summarise([5]) == one | {"ci95": None}
 
 
-def test_interval_of_the_mean_is_scipys_bootstrap_and_seeded():
+def test_interval_of_the_mean_is_scipys_bootstrap_of_subjects_and_seeded():
     values = np.random.default_rng(1).normal(0.7, 0.1, 40).tolist()
     interval = summarise(values, seed=2)["ci95"]
     plain = stats.bootstrap((values,), np.mean, n_resamples=10_000, rng=np.random.default_rng(2))
     assert interval == pytest.approx(tuple(plain.confidence_interval))
     assert interval == summarise(values, seed=2)["ci95"] != summarise(values, seed=3)["ci95"]
-
-
-def test_scans_of_one_subject_are_resampled_together():
-    # One subject has 20 scans at 0.9, nine have one scan each at 0.50 to 0.58.
+    # Scans of one subject go together: one has 20 scans at 0.9, nine have one at 0.50 to 0.58.
     rows = [{"participant_id": "many", "score": 0.9} for _ in range(20)]
     rows += [{"participant_id": f"sub-{n}", "score": 0.5 + n / 100} for n in range(9)]
     summary = train_pvs.summarise(rows, "score", 0)
-    assert summary["mean"] == pytest.approx((20 * 0.9 + 9 * 0.54) / 29)
-    assert summary["n"] == 29
+    assert (summary["mean"], summary["n"]) == (pytest.approx((20 * 0.9 + 9 * 0.54) / 29), 29)
     low, high = summary["ci95"]
     # Resamples without the first subject, 0.9**10 = 35 % of them, have means below 0.58.
     assert low < 0.58 < summary["mean"] < high
@@ -73,7 +70,6 @@ def test_agreement_of_hand_worked_burdens():
     for count in (1, 2):  # below 3 cases nothing is defined
         few = train_pvs.agreement([10, 20][:count], [12, 19][:count])
         assert few == dict.fromkeys(result)
-
     # Of constant sides the correlation is 0 / 0.
     for constant in (0, 5, 0.1, 0.7):
         varied, equal = 3 * [1, 2, 4, 8], 12 * [constant]
@@ -146,17 +142,15 @@ def test_scores_of_a_hand_worked_case():
 def test_scores_where_a_mask_is_empty():
     label, pred = make_masks()
     nothing = label & False
-    row = score(nothing, pred, pred, nothing)  # invented
-    assert [row[name] for name in OVERLAPS] == 8 * [0]
-    assert (row["count_error"], row["count_error_percent"]) == (1, None)
-    assert (row["volume_ml_error"], row["volume_ml_error_percent"]) == (pytest.approx(0.015), None)
-    assert row["one_mask_empty"]
-    row = score(pred, nothing, nothing, pred)  # missed
-    assert [row[name] for name in OVERLAPS] == 8 * [0]
-    assert (row["count_error_percent"], row["volume_ml_error_percent"]) == (-100, -100)
+    invented = score(nothing, pred, pred, nothing)
+    missed = score(pred, nothing, nothing, pred)
     # PVS that the working grid has lost count as missed there; if there are none, all is well.
-    row = score(nothing, nothing, nothing, label)
-    assert [row[name] for name in OVERLAPS] == 8 * [0]
+    for row in (invented, missed, score(nothing, nothing, nothing, label)):
+        assert [row[name] for name in OVERLAPS] == 8 * [0]
+    names = "count_error", "volume_ml_error", "count_error_percent", "volume_ml_error_percent"
+    assert [invented[name] for name in names] == [1, pytest.approx(0.015), None, None]
+    assert invented["one_mask_empty"]
+    assert [missed[name] for name in names[2:]] == [-100, -100]
     row = score(nothing, nothing, nothing, nothing)
     assert [row[name] for name in (*OVERLAPS, "lesion_f1_any")] == 9 * [1]
 
@@ -203,9 +197,8 @@ def tested(tmp_path_factory):
     logs = folder / "out" / "logs"
     text = (logs / "comprehensive_test_metrics.json").read_text()
     content = json.loads(text, parse_constant=pytest.fail)  # at NaN, which is no JSON
-    with open(logs / "test_metrics.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    return content, table, (logs / "evaluate.log").read_text().splitlines()
+    table = csv.DictReader((logs / "test_metrics.csv").read_text().splitlines())
+    return content, [*table], (logs / "evaluate.log").read_text().splitlines()
 
 
 def test_rows_of_a_whole_test_are_those_worked_out_by_hand(tested):
@@ -221,12 +214,10 @@ def test_rows_of_a_whole_test_are_those_worked_out_by_hand(tested):
         "native_recall": [1, 1, 0.4, 0],
         # What lies outside of the box does not come back: 2 * 4 / (4 + 10).
         "roundtrip_dice": [1, 1, 8 / 14, None],
-        "count_label": [1, 2, 2, 0],
-        "count_pred": [1, 1, 1, 1],
+        **{"count_label": [1, 2, 2, 0], "count_pred": [1, 1, 1, 1]},
         # IoU 500/4096 = 0.12 is enough, 12/4096 and 20/4096 are not.
         "matched_label_iou": [0, 1, 0, 0],
-        "volume_ml_label": VOXELS / 1000,
-        "volume_ml_pred": 4 * [4.096],
+        **{"volume_ml_label": VOXELS / 1000, "volume_ml_pred": 4 * [4.096]},
         "one_mask_empty": [False, False, False, True],
     }
     got = {key: [row[key] for row in rows] for key in expected}
@@ -251,9 +242,7 @@ def test_blocks_of_the_file_summarise_its_rows(tested):
     assert (content["n"], content["config"]["SEED"], content["device"]) == (4, 9, "cpu")
     assert (content["checkpoint"]["epoch"], content["checkpoint"]["val_dice"]) == (3, 0.5)
     for place, columns in SUMMARISED.items():
-        block = content
-        for key in place:
-            block = block[key]
+        block = functools.reduce(dict.__getitem__, place, content)
         for name, column in columns.items():
             assert block[name] == train_pvs.summarise(rows, column, 9), (place, name)
     for name in METRICS:  # as published
@@ -276,15 +265,14 @@ def test_blocks_of_the_file_summarise_its_rows(tested):
 
 def test_printed_table_has_all_cases_and_their_summary_in_each_column(tested):
     content, _, log = tested
-    columns = {"Dice": "dice", "IoU": "iou", "precision": "precision", "recall": "recall"}
-    columns |= {"native Dice": "native_dice", "round trip": "roundtrip_dice"}
-    columns |= {"NSD 1 mm": "nsd_1mm", "HD95, mm": "hd95_mm"}
-    (start,) = (n for n, line in enumerate(log) if line.split() == " ".join(columns).split())
+    names = "Dice IoU precision recall native Dice round trip NSD 1 mm HD95, mm".split()
+    columns = (*METRICS, "native_dice", "roundtrip_dice", "nsd_1mm", "hd95_mm")
+    (start,) = (n for n, line in enumerate(log) if line.split() == names)
     assert log[start - 2] == "Test scores of 4 scans, heads"
     assert re.search("working grid, RAS, 1 x 1 x 1 mm.*native grid", log[start - 1])
     rows = content["subjects"]
-    expected = {row["name"]: [row[column] for column in columns.values()] for row in rows}
-    summaries = [train_pvs.summarise(rows, column, 9) for column in columns.values()]
+    expected = {row["name"]: [row[column] for column in columns] for row in rows}
+    summaries = [train_pvs.summarise(rows, column, 9) for column in columns]
     expected |= {name: [s[name.lower()] for s in summaries] for name in ("mean", "SD")}
     for n, word in enumerate(("from", "to")):
         expected[f"95 % {word}"] = [s["ci95"][n] for s in summaries]

@@ -115,7 +115,7 @@ def test_planes_show_ground_truth_and_prediction_in_colour_place_side_and_propor
             assert (red.start - head.start) / mm == pytest.approx(2, abs=0.3)
 
 
-def test_figures_name_sides_slices_scores_and_grids(drawn):
+def test_figures_name_sides_slices_scores_and_grids_and_show_worst_to_best(drawn):
     (case,) = (figure for figure in drawn.figures if figure.title.startswith(CUBE))
     # 6 x 6 x 3 voxels of 2 mm3 are 108; the box of the head, two voxels wider on all sides, has
     # 24 x 24 x 14 = 8064. Dice 216 / 8172, IoU and precision 108 / 8064; 0.216 and 16.128 ml.
@@ -130,29 +130,24 @@ def test_figures_name_sides_slices_scores_and_grids(drawn):
     assert titles[1:3] == ["ground truth, 36 voxels", "prediction, 576 voxels"]
     # Slices from 1 on: the top of slices 10 to 12 of three equal ones wins by being first, 10.
     assert titles[0] == "axial, slice 11 of 18"
-    sides = [panel.texts for panel in case.panels]
-    assert sides == 6 * [["R", "L"]] + 3 * [["A", "P"]]
-
-
-def test_overview_has_ten_cases_spread_from_worst_to_best(drawn):
+    assert [panel.texts for panel in case.panels] == 6 * [["R", "L"]] + 3 * [["A", "P"]]
+    # The overview has ten cases, spread from worst to best.
     # 10 places from 0 to 11, 11/9 = 1.22 apart: 0, 1.22, 2.44, 3.67, 4.89, 6.11, 7.33, 8.56, ...
     name_of, overview = {width: name for name, width in WIDTHS.items()}, drawn.figures[-3]
     widths = [1 + place for place in (0, 1, 2, 4, 5, 6, 7, 9, 10, 11)]
     firsts = [panel.title.split(",")[0] for panel in overview.panels[::3]]
     assert firsts == [name_of[width] for width in widths]
     dices = [2 * 18 * width / (18 * width + 8064) for width in widths]
-    told = [panel.title for panel in overview.panels[2::3]]
-    assert told == [f"prediction, Dice {dice:.3f}" for dice in dices]
+    assert [p.title for p in overview.panels[2::3]] == [f"prediction, Dice {d:.3f}" for d in dices]
     assert overview.title == "heads\n10 of 12 test cases, worst to best; native grid"
 
 
 def test_agreement_figure_shows_points_identity_bias_and_limits(drawn):
     figure = drawn.figures[-2]
     assert figure.title == "heads\n12 test cases, native grid"
-    assert [p.title for p in figure.panels[::2]] == [
-        "Number of PVS",  # always 1: neither correlation is defined
-        "Volume of PVS, concordance 0.000",
-    ]
+    # The number is always 1: neither correlation is defined.
+    titles = [panel.title for panel in figure.panels[::2]]
+    assert titles == ["Number of PVS", "Volume of PVS, concordance 0.000"]
     scatter, bland = figure.panels[2:]
     assert scatter.axes == ("ground truth, ml", "prediction, ml")
     assert bland.axes == ("mean of both, ml", "prediction - ground truth, ml")

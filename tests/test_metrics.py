@@ -46,9 +46,6 @@ def test_loss_is_half_bce_and_half_dice_loss_over_the_whole_batch():
         torch.testing.assert_close(train_pvs.loss_function(logits, label), expected)
 
 
-NONE_MATCHED = (0, 0, 0, 0, 0)
-
-
 def lesion_row(counts, any_overlap, iou):
     """Return the row of scores; of a rule: matched of both sides, sensitivity, precision, F1."""
     names = "matched_label matched_pred lesion_sensitivity lesion_precision lesion_f1".split()
@@ -58,41 +55,37 @@ def lesion_row(counts, any_overlap, iou):
 
 
 def test_lesion_scores_of_hand_worked_masks():
+    none, one = (0, 0, 0, 0, 0), (1, 1, 1, 1, 1)
     for label, pred, counts, any_overlap, iou in (
         # One found over two true: IoU 2/5 with each, so all three are matched.
         ("11.11", "11111", (2, 1), (2, 1, 1, 1, 1), (2, 1, 1, 1, 1)),
         # 1 of 3 true, 1 of 2 found, IoU 1/3; F1 2 * 1/3 * 1/2 / (1/3 + 1/2) = 2/5
         ("111.1..1", "1....1..", (3, 2), (1, 1, 1 / 3, 1 / 2, 2 / 5), (1, 1, 1 / 3, 1 / 2, 2 / 5)),
         # IoU 1/10 is not above 0.1, 1/9 is
-        ("1111111111", ".1........", (1, 1), (1, 1, 1, 1, 1), NONE_MATCHED),
-        ("111111111.", ".1........", (1, 1), (1, 1, 1, 1, 1), (1, 1, 1, 1, 1)),
+        ("1111111111", ".1........", (1, 1), one, none),
+        ("111111111.", ".1........", (1, 1), one, one),
         # A blob over 6 small ones, IoU 1/11 with each. They cover 6/11 of it together, but the
         # best single counterpart decides.
-        ("1.1.1.1.1.1", 11 * "1", (6, 1), (6, 1, 1, 1, 1), NONE_MATCHED),
+        ("1.1.1.1.1.1", 11 * "1", (6, 1), (6, 1, 1, 1, 1), none),
         # The found one matches the second, IoU 3/5, not the first, IoU 1/15: sensitivity 1/2,
         # precision 1, F1 2 * 1/2 * 1 / (3/2) = 2/3
         (11 * "1" + ".111", 10 * "." + "11111", (2, 1), (2, 1, 1, 1, 1), (1, 1, 1 / 2, 1, 2 / 3)),
-        ("11.1", "....", (2, 0), NONE_MATCHED, NONE_MATCHED),  # missed
-        ("....", "1.1.", (0, 2), NONE_MATCHED, NONE_MATCHED),  # invented
+        ("11.1", "....", (2, 0), none, none),  # missed
+        ("....", "1.1.", (0, 2), none, none),  # invented
         ("....", "....", (0, 0), (0, 0, 1, 1, 1), (0, 0, 1, 1, 1)),  # nothing there or found
     ):
         row = train_pvs.calculate_lesion_metrics(line(pred), line(label))
         assert row == pytest.approx(lesion_row(counts, any_overlap, iou)), (label, pred)
 
 
-def components(mask):
-    """Return the components of voxels that share a corner at least, as sets, from all pairs."""
-    voxels = np.argwhere(mask)
-    count, of = connected_components(cdist(voxels, voxels, "chebyshev") <= 1)
-    return [set(map(tuple, voxels[of == n].tolist())) for n in range(count)]
-
-
 def slow_lesion_metrics(pred, label):
-    """Return the lesion scores from the components' sets of voxels."""
-    true, found = components(label), components(pred)
-    rules = (lambda a, b: bool(a & b), lambda a, b: 10 * len(a & b) > len(a | b))
-    numbers = []
-    for matches in rules:
+    """Return the lesion scores from the sets of voxels that share a corner at least, by pairs."""
+    sides, numbers = [], []
+    for voxels in (np.argwhere(label), np.argwhere(pred)):
+        count, of = connected_components(cdist(voxels, voxels, "chebyshev") <= 1)
+        sides.append([set(map(tuple, voxels[of == n].tolist())) for n in range(count)])
+    true, found = sides
+    for matches in (lambda a, b: bool(a & b), lambda a, b: 10 * len(a & b) > len(a | b)):
         hit = sum(any(matches(one, other) for other in found) for one in true)
         right = sum(any(matches(one, other) for other in true) for one in found)
         sensitivity, precision = hit / len(true), right / len(found)
@@ -113,13 +106,10 @@ def test_lesion_scores_agree_with_sets_of_voxels():
 
 def make_blobs(seed, margin):
     """Return two alike masks of smooth blobs, `margin` voxels away from the volume's edge."""
-    rng, blobs = np.random.default_rng(seed), np.zeros((2, 20, 22, 18), bool)
-    noise = [ndimage.gaussian_filter(rng.normal(size=blobs[0].shape), 1.5) for _ in range(2)]
-    inside = tuple(slice(margin, n - margin) for n in blobs[0].shape)
-    for mask, weight in zip(blobs, (0.0, 0.4), strict=True):
-        field = (1 - weight) * noise[0] + weight * noise[1]
-        mask[inside] = (field > 1.3 * field.std())[inside]
-    return blobs
+    noise = np.random.default_rng(seed).normal(size=(2, 20, 22, 18))
+    one, other = (ndimage.gaussian_filter(volume, 1.5) for volume in noise)
+    inside = np.pad(np.ones(np.subtract(one.shape, 2 * margin), bool), margin)
+    return [inside & (field > 1.3 * field.std()) for field in (one, 0.6 * one + 0.4 * other)]
 
 
 def border_points(mask, spacing):
@@ -162,10 +152,9 @@ def test_a_shift_of_one_voxel_is_within_the_tolerance_of_one_voxel():
 
 
 def test_surfaces_of_a_missed_or_an_invented_pvs_are_worse_than_of_any_found_one():
-    spacing, empty = np.array([0.5, 1.0, 2.0]), np.zeros((12, 8, 12), bool)
+    spacing, (empty, label, pred) = np.array([0.5, 1, 2]), np.zeros((3, 12, 8, 12), bool)
     # 6 x 8 x 24 mm: the diagonal is the root of 36 + 64 + 576 = 676, 26 mm
     worst = {"nsd_voxel": 0, "nsd_1mm": 0, "hd95_mm": 26, "one_mask_empty": True}
-    label, pred = empty.copy(), empty.copy()
     label[0, 0, 0] = pred[-1, -1, -1] = True
     assert train_pvs.calculate_boundary_metrics(empty, label, spacing) == pytest.approx(worst)
     assert train_pvs.calculate_boundary_metrics(pred, empty, spacing) == pytest.approx(worst)

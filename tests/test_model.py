@@ -3,6 +3,7 @@
 import io
 import math
 import urllib.error
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -31,15 +32,13 @@ def imagenet_home(tmp_path, monkeypatch):
 
 def test_output_has_the_shape_of_the_input_and_first_weights_follow_the_seed(tiny_config):
     for architecture in ("unetplusplus", "dynunet"):
-        one, again, other = (
-            train_pvs.build_model(tiny_config(ARCHITECTURE=architecture, SEED=seed)).state_dict()
-            for seed in (1, 1, 2)
-        )
+        cfgs = [tiny_config(ARCHITECTURE=architecture, SEED=seed) for seed in (1, 1, 2)]
+        one, again, other = (train_pvs.build_model(cfg).state_dict() for cfg in cfgs)
         assert all(torch.equal(one[name], again[name]) for name in one)
         kernels = [name for name in one if one[name].ndim == 5 and one[name].numel() > 1]
         assert len(kernels) > 10
         assert not any(torch.equal(one[name], other[name]) for name in kernels)
-        model = train_pvs.build_model(tiny_config(ARCHITECTURE=architecture)).eval()
+        model = train_pvs.build_model(cfgs[0]).eval()
         assert model(torch.rand(2, 1, 16, 24, 32)).shape == (2, 1, 16, 24, 32)
 
 
@@ -80,7 +79,9 @@ def test_2d_weights_are_spread_over_the_third_axis(flat, tiny_config, tmp_path, 
         path.unlink()
 
 
-def test_unfit_weights_are_told_by_name_and_run_no_code(flat, data, run, monkeypatch, tmp_path):
+def test_unfit_or_missing_weights_are_told_by_name_and_run_no_code(
+    flat, data, run, monkeypatch, tmp_path, imagenet_home
+):
     monkeypatch.chdir(tmp_path)
     path, whole = tmp_path / "weights.pth", io.BytesIO()
     torch.save(flat, whole)
@@ -94,16 +95,10 @@ def test_unfit_weights_are_told_by_name_and_run_no_code(flat, data, run, monkeyp
         told = f"Error: {path}: expected the state dict of a 2D EfficientNet"
         refused(run("--encoder-weights", path), told, "--encoder-weights none")
     assert not (tmp_path / "code was run").exists()
-
-
-def test_failed_download_says_both_ways_out(data, run, monkeypatch, tmp_path, imagenet_home):
+    # A failed download says both ways out.
     url = "https://github.com/lukemelas/EfficientNet-PyTorch/releases/download/1.0/"
     for error in (urllib.error.URLError("no network"), RuntimeError("invalid hash value")):
-
-        def fail(*_, error=error):
-            raise error
-
-        monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+        monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=error))
         told = url + imagenet_home.name, imagenet_home, "--encoder-weights none"
         refused(run("--encoder-weights", "imagenet"), *told)
         assert not list(tmp_path.rglob("cache"))

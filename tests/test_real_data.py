@@ -1,13 +1,13 @@
 """What scans, masks and files of real groups have: readings, intensities, labels, names."""
 
-import csv
 import gzip
-import itertools
 import json
 import re
 import shutil
 import struct
+from itertools import product
 from pathlib import Path
+from unittest.mock import Mock
 
 import nibabel as nib
 import numpy as np
@@ -17,8 +17,9 @@ import torch
 from monai.data import MetaTensor
 
 import train_pvs
-from conftest import MACHINE, image_path, label_path, make_subject, save_nifti, split_flags
+from conftest import MACHINE, image_path, label_path, save_nifti
 from running import call, done, refused, trained
+from test_predict import rows_of
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -34,7 +35,6 @@ def coded(path, data, qform, sform, codes):
     header.set_data_shape(data.shape)
     header.set_qform(qform, codes[0])
     header.set_sform(sform, codes[1])
-    path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(data, None, header), path)
     return path
 
@@ -52,7 +52,6 @@ def redrawn(path, scan, label, writer):
     if writer == "ITK":
         image = SimpleITK.GetImageFromArray(label.T)
         image.CopyInformation(SimpleITK.ReadImage(str(scan)))
-        path.parent.mkdir(parents=True, exist_ok=True)
         SimpleITK.WriteImage(image, str(path))
     else:
         save_nifti(path, label, nib.load(scan).affine)
@@ -64,16 +63,15 @@ def volumes_of(data, number=1):
     return [np.asarray(nib.load(path).dataobj).astype(np.uint16) for path in paths]
 
 
-@pytest.mark.parametrize("writer", ["nibabel", "ITK"])
-def test_mask_drawn_on_a_scans_voxels_is_paired_whatever_reads_its_place(data, tmp_path, writer):
+def test_mask_drawn_on_a_scans_voxels_is_paired_whatever_reads_its_place(data, tmp_path):
     image, label = volumes_of(data)
     label = label.astype(np.uint8)
-    for codes, other in itertools.product(CODES, (SCANNER, ALIGNED)):
+    for writer, codes, other in product(("nibabel", "ITK"), CODES, (SCANNER, ALIGNED)):
         scan = coded(tmp_path / "scan.nii.gz", image, SCANNER, other, codes)
         mask = redrawn(tmp_path / "mask.nii.gz", scan, label, writer)
         case = train_pvs.Case("sub-1", "sub-1", str(scan), str(mask))
         volumes, told = train_pvs.read_pair(case)
-        assert np.array_equal(volumes["label"][0], label), codes
+        assert np.array_equal(volumes["label"][0], label), (writer, codes)
         assert torch.equal(volumes["label"].affine, volumes["image"].affine)
         # The two readers have another place for the scan, so the mask of one for the other.
         apart = not np.allclose(as_itk_has_it(scan)[1], nib.load(scan).affine, atol=1e-3)
@@ -95,8 +93,8 @@ def test_mask_that_fits_no_reading_is_refused_with_those_that_were_tried(data, r
     coded(scan, image, SCANNER, ALIGNED, (1, 2))
     flipped = SCANNER @ nib.affines.from_matvec(np.diag([-1.0, 1, 1]), (23, 0, 0))
     save_nifti(mask, label, flipped)
-    told = ("axes LAS, the scan's are RAS", "tried: sform, qform, ITK's reading")
-    refused(run("--check"), mask, *told)
+    tried = "tried: sform, qform, ITK's reading"
+    refused(run("--check"), mask, "axes LAS, the scan's are RAS", tried)
     # Nor are those taken whose own qform alone fits: shifted or mirrored since it was written.
     coded(scan, image, SCANNER, SCANNER, (1, 1))
     shifted = nib.affines.from_matvec(np.eye(3), (0, 4.5, 0)) @ SCANNER
@@ -210,16 +208,12 @@ def test_negative_and_infinite_labels_are_refused_with_their_values_and_numbers(
 def test_labels_are_whole_within_half_of_their_headers_slope(data, run):
     mask, (_, label) = label_path(data, "sub-002"), volumes_of(data, 2)
     seven = label * (1.0 + np.arange(label.shape[0])[:, None, None] % 7)
-    nifti = nib.Nifti1Image(seven, np.eye(4))
-    nifti.set_data_dtype(np.uint8)
-    nib.save(nifti, mask)
+    nib.save(nib.Nifti1Image(seven, np.eye(4), dtype=np.uint8), mask)
     assert not np.array_equal(nib.load(mask).get_fdata(), seven)  # nibabel chose a slope
     assert np.array_equal(train_pvs.read_label(mask)[0][0], seven)
     done(run("--check"))
-    nifti = nib.Nifti1Image(label * 0.5, np.eye(4))  # halves
-    nifti.set_data_dtype(np.uint8)
-    for half in (nifti, nib.Nifti1Image((label * 0.5).astype(np.float32), np.eye(4))):
-        nib.save(half, mask)
+    for kind in (np.uint8, np.float32):
+        nib.save(nib.Nifti1Image(label * 0.5, np.eye(4), dtype=kind), mask)
         refused(run("--check"), mask, "got fractions")
 
 
@@ -235,42 +229,22 @@ def test_hidden_files_are_no_scans_and_no_masks(data, run, predictor):
     done(call("--check", *flags, "../derivatives/*/*/*.nii.gz", "--data-dir", data / "bids"))
 
 
-def test_pointers_and_wrong_endings_are_told_and_a_byte_order_mark_is_read(data, run, tmp_path):
+def test_pointers_and_wrong_endings_are_told(data, run):
     scans = [image_path(data, f"sub-00{number}") for number in (1, 2, 3)]
-    whole = scans[1].read_bytes()
     scans[0].write_bytes(b"/annex/objects/MD5E-s20--0123456789abcdef.nii.gz\n")
-    scans[1].write_bytes(gzip.decompress(whole))
-    plain = scans[2].with_suffix("")
-    scans[2].rename(plain)
+    scans[1].write_bytes(gzip.decompress(scans[1].read_bytes()))
+    plain = scans[2].rename(scans[2].with_suffix(""))
     told = ("3 problems", "datalad get", "it is not gzipped: name it .nii)", "it is gzipped: name")
     refused(run("--check"), *scans[:2], plain, *told)
-    scans[0].write_bytes(whole)  # of another subject
-    make_subject(data, "sub-001", seed=9)
-    scans[1].write_bytes(whole)
-    plain.rename(scans[2])
-    flags = split_flags(tmp_path, train="1 2", val="3", test="4")
-    path = tmp_path / "split.json"
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert "2 train, 1 val, 1 test" in done(run("--check", *flags))
 
 
 def test_names_are_told_with_the_nearest_scan(data, run):
     moved = label_path(data, "sub-002")
     moved.rename(moved.with_name("sub-002_space-T2w_desc-mask_PVS.nii.gz"))
     shutil.copy(image_path(data, "sub-003"), data / "sub-003/anat/sub-003_run-2_T2w.nii.gz")
-    err = refused(run("--check"), "2 problems", "letters and digits only")
-    near = image_path(data, "sub-002")
-    assert f"found none; the nearest is {near}, which has no space-T2w" in err
+    near = f"found none; the nearest is {image_path(data, 'sub-002')}, which has no space-T2w"
+    err = refused(run("--check"), "2 problems", "letters and digits only", near)
     assert err.count("sub-003_run-2") == 1  # and not as a scan without a mask
-
-
-def test_flags_that_go_wrong_say_what_would_be_right(data, run, tmp_path):
-    assert "did you mean --epochs?" in refused(call("--epoch", 3))
-    assert "did you mean --overwrite?" in refused(call("--overwite"))
-    refused(run("--folds", 3), "--fold 1 to 3 as well, or all, got 0")
-    refused(run("--fold", 2), "FOLD", "--folds as well")
-    for flags in ([], ["--resume"], ["--evaluate", "--folds", 3]):
-        refused(run(*flags, "--fold", "all"), "--fold all: expected --folds as well")
 
 
 def test_all_folds_run_one_after_another_and_go_on(data, run, tmp_path):
@@ -283,38 +257,19 @@ def test_all_folds_run_one_after_another_and_go_on(data, run, tmp_path):
     refused(run("--folds", 3, "--fold", "all"), "fold-1", "--overwrite")
 
 
-def raise_in_worker(item):
-    raise KeyError("no such key")
-
-
-@pytest.mark.parametrize("where", ["transform", "cache", "memory"])
+@pytest.mark.parametrize("where", ["build_train_transforms", "scale_intensity", "default_collate"])
 def test_error_in_a_worker_is_one_line_with_the_case_and_the_cause(data, run, monkeypatch, where):
-    told = "KeyError: 'no such key' (--num-workers 0 tells where)"
-    if where == "memory":
-
-        def collate(items):
-            raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
-
-        monkeypatch.setattr(train_pvs, "default_collate", collate)
+    error, told = KeyError("no such key"), "KeyError: 'no such key' (--num-workers 0 tells where)"
+    if where == "default_collate":
+        error = RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
         told = "--shm-size 8g, or --ipc=host), or use --num-workers 0"
-    elif where == "cache":
-        monkeypatch.setattr(train_pvs, "scale_intensity", lambda *_, **__: raise_in_worker(0))
-    else:
-        monkeypatch.setattr(train_pvs, "build_train_transforms", lambda cfg: Failing())
+    fails = Mock(side_effect=error)
+    fails = Mock(return_value=fails) if where == "build_train_transforms" else fails
+    monkeypatch.setattr(train_pvs, where, fails)
     status, _, err = run("--num-workers", 2)
-    assert status == 1
-    assert told in err
-    assert ("sub-00" in err, "Traceback" in err) == (where != "memory", False)
+    assert (status, told in err, "Traceback" in err) == (1, True, False), err
+    assert ("sub-00" in err) == (where != "default_collate")
     assert err.count("\n") <= 3
-
-
-class Failing:
-    """A transform that fails."""
-
-    def set_random_state(self, seed):
-        """Be like MONAI's."""
-
-    __call__ = staticmethod(raise_in_worker)
 
 
 @pytest.fixture
@@ -322,11 +277,6 @@ def predictor(finished, tmp_path):
     """Call --predict with the finished run's weights into `predicted`."""
     flags = ("--checkpoint", finished.best, "--output-dir", tmp_path / "predicted", *MACHINE)
     return lambda *words: call(*flags, "--predict", *words)
-
-
-def table_of(folder):
-    with open(folder / "logs" / "participants_pvs.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_interrupted_prediction_goes_on_and_later_scans_add_rows(
@@ -339,16 +289,15 @@ def test_interrupted_prediction_goes_on_and_later_scans_add_rows(
         save_nifti(folder / name, volumes_of(finished.data, number + 1)[0])
     (folder / "readme.txt").write_text("scans")
     assert "3 of 3 scans" in done(predictor(folder))
-    rows = table_of(out)
+    rows = rows_of(out)
     assert [r["participant_id"] for r in rows] == ["sub-M2208", "sub-case7", "sub-patient12"]
     for row in rows:  # from where the table lies
         assert nib.load(out / "logs" / row["mask"]).shape == (24, 28, 20)
         assert Path(row["scan"]).parent == tmp_path / folder
-    table, before = out / "logs" / "participants_pvs.csv", {}
+    table = out / "logs" / "participants_pvs.csv"
     lines = table.read_text().splitlines(keepends=True)
     table.write_text("".join(lines[:2]))  # as if it had been killed in the second scan
-    for path in out.rglob("*_mask.nii.gz"):
-        before[path] = path.stat().st_mtime_ns
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*_mask.nii.gz")}
     masks = {path: path.read_bytes() for path in before}
     assert "Done before     1 of 3 scans" in done(predictor(folder))
     assert table.read_text() == "".join(lines)
@@ -356,7 +305,7 @@ def test_interrupted_prediction_goes_on_and_later_scans_add_rows(
     assert sum(path.stat().st_mtime_ns == before[path] for path in before) == 1
     done(predictor(folder, image_path(finished.data, "sub-004")))
     assert [*table.read_text().splitlines(keepends=True)][:4] == lines
-    assert table_of(out)[3]["participant_id"] == "sub-004"
+    assert rows_of(out)[3]["participant_id"] == "sub-004"
     # A scan that has become another one, and other settings, are told; nothing is lost.
     whole = table.read_text()
     save_nifti(folder / names[0], volumes_of(finished.data, 5)[0])
@@ -370,20 +319,18 @@ def test_interrupted_prediction_goes_on_and_later_scans_add_rows(
     table.write_text("\n".join(f"{a},{line}" for a, line in zip(ages, lines, strict=True)))
     done(predictor(*others, "--save-probabilities"))
     assert len(list(out.rglob("*_probseg.nii.gz"))) == 2
-    assert [list(row) for row in table_of(out)] == 4 * [list(train_pvs.PREDICTED)]
+    assert [list(row) for row in rows_of(out)] == 4 * [list(train_pvs.PREDICTED)]
     assert "3 of 3" in done(predictor(folder, "--overwrite"))
-    assert len(table_of(out)) == 3
+    assert len(rows_of(out)) == 3
 
 
 def test_prediction_tells_what_its_reader_must_know(finished, predictor, tmp_path):
     parts = {part: image_path(finished.data, finished.split[part][0]) for part in finished.split}
-    thick = nib.affines.from_matvec(np.diag([0.69, 0.69, 3]))
     image, _ = volumes_of(finished.data)
-    stripped = np.where(image > 200, image, 0)
-    new = save_nifti(tmp_path / "new_T2w.nii.gz", image[::-1], thick)
-    bare = save_nifti(tmp_path / "bare_T2w.nii.gz", stripped)
+    new = save_nifti(tmp_path / "new_T2w.nii.gz", image[::-1], np.diag([0.69, 0.69, 3, 1]))
+    bare = save_nifti(tmp_path / "bare_T2w.nii.gz", np.where(image > 200, image, 0))
     out = done(predictor(*parts.values(), new, bare))
-    rows = table_of(tmp_path / "predicted")
+    rows = rows_of(tmp_path / "predicted")
     assert [row["seen_in"] for row in rows] == [*parts, "", ""]
     assert {row["trained_on"] for row in rows} == {"Simulated heads of a test"}
     assert 0 < float(rows[0]["validation_dice"]) < 1

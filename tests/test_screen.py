@@ -58,10 +58,8 @@ def test_log_lines_are_whole_on_a_terminal_with_progress_bars(show, finished, tm
     argv = ["--data-dir", finished.data, *LEARNING, "--test-fraction", 0.3]
     written, status, rows = show(*argv, "--output-dir", tmp_path / "whole")
     assert status in (0, 1), written
-    bars = set(re.findall(r"(caching|training|validation|testing): .*?%\|", written))
-    assert len(bars) >= 3
+    assert len(set(re.findall(r"(caching|training|validation|testing): .*?%\|", written))) >= 3
     assert rows == rows_of(tmp_path / "whole" / "logs" / "train.log")  # of bars nothing is left
-
     stop = tmp_path / "broken" / "checkpoints" / "last.pth"
     argv += ["--epochs", 999, "--cache-dir", tmp_path / "whole" / "cache"]
     written, status, rows = show(*argv, "--output-dir", tmp_path / "broken", stop=stop)
