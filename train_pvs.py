@@ -348,17 +348,16 @@ def check_config(cfg, problems, starts=True):
     divisor, count = 2 ** np.clip(cfg.ENCODER_DEPTH, 3, 5), torch.cuda.device_count()
     devices = ["auto", "cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
     encoders, given = [f"efficientnet-b{i}" for i in range(8)], ("imagenet", "none")
-    choices = {"ENCODER_NAME": encoders, "ARCHITECTURE": NETWORKS, "DEVICE": devices}
+    choices = {"ENCODER_NAME": encoders, "ARCHITECTURE": NETWORKS, "FLIP_AXES": FLIPS}
     choices |= {"LR_SCHEDULE": ("plateau", "poly"), "AUGMENTATION": ("published", "native")}
-    choices["FLIP_AXES"] = FLIPS
     patch = [side >= 2 * divisor and side % divisor == 0 for side in cfg.IMG_PATCH_SIZE]
     low, high = cfg.INTENSITY_PERCENTILES
     unmirrored = "False (--no-tta-flips), as it is not trained with FLIP_AXES"
     sides = tuple(np.clip(cfg.PIX_DIM, SMALLEST_SIDE, LARGEST_SIDE))
     output, data = map(os.path.realpath, (cfg.OUTPUT_DIR, cfg.DATA_DIR))
-    files = (cfg.SPLIT, cfg.INIT_FROM, cfg.ENCODER_WEIGHTS)
     fold = f"--fold 1 to {cfg.FOLDS} as well, or all" if cfg.FOLDS else "--folds as well, or 0"
-    split, start, weights = (not starts or os.path.isfile(file) for file in files)
+    paths = (cfg.SPLIT, cfg.INIT_FROM, cfg.ENCODER_WEIGHTS)
+    split, start, weights = (not starts or os.path.isfile(path) for path in paths)
     rules = [
         *((name, getattr(cfg, name).strip(), "a value") for name in names(Data) | {"OUTPUT_DIR"}),
         ("OUTPUT_DIR", output != data, "another folder than DATA_DIR"),
@@ -368,6 +367,7 @@ def check_config(cfg, problems, starts=True):
         ("INIT_FROM", start or not cfg.INIT_FROM, "a checkpoint that exists"),
         ("ENCODER_WEIGHTS", weights or cfg.ENCODER_WEIGHTS in given, "imagenet, none, or a file"),
         *((name, getattr(cfg, name) in c, " or ".join(c)) for name, c in choices.items()),
+        ("DEVICE", cfg.DEVICE in devices, " or ".join(devices)),
         ("TTA_FLIPS", FLIPS.get(cfg.FLIP_AXES) or not cfg.TTA_FLIPS, unmirrored),
         ("FOLDS", cfg.FOLDS == 0 or 2 <= cfg.FOLDS <= 1000, "2 to 1000, or 0"),
         ("FOLD", min(cfg.FOLDS, 1) <= cfg.FOLD <= cfg.FOLDS, fold),
@@ -1864,7 +1864,7 @@ def restore_config(content, path, cfg, options):
     for n in list_differences(saved, saved | asked, asked.keys() - free):
         problems[n] = told.format(n, path, words(saved[n]), words(asked[n]))
         if n in names(Length):
-            problems[n] += ", as --stretch does: its learning rate falls over another length"
+            problems[n] += "; add --stretch if that is meant: the learning rate falls over it"
     restored = replace(cfg, **saved | {name: asked[name] for name in asked.keys() & free})
     check_config(restored, problems, starts=False)
     raise_wrong_settings(problems.values())

@@ -80,7 +80,7 @@ def write_json(path, content):
 
 def prepare_data(options):
     """Make what is missing: simulated heads, split, the test heads of another scanner."""
-    data, other, train = options.data_dir or options.work / "data", options.work / "other", []
+    data, other = options.data_dir or options.work / "data", options.work / "other"
     kept = options.work / "settings.json"  # written last
     if not kept.exists():
         if not options.data_dir:
@@ -125,6 +125,7 @@ def train(row, out, seed, options):
     length = ["--seed", seed, "--max-minutes", options.minutes]
     begun = "--resume" if out.last.exists() else "--overwrite"
     call(begun, *COMMON.split(), *recipe, *made.flags.split(), *places, *length)
+    train_pvs.NATIVE_AUGMENTATION.clear()  # so that the order stays
     train_pvs.NATIVE_AUGMENTATION.update(augmentation)
 
 
