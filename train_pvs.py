@@ -125,6 +125,7 @@ class Grid(Settings):
     """What the network sees; checkpoints that are used together have it in common."""
 
     PIX_DIM: tuple = (1.5, 1.5, 1.5)  # spacing, mm; 0 0 0: the training scans' own, their median
+    SPACING_TOLERANCE: float = 0.0  # fraction; spacings that differ less from PIX_DIM are kept
     INTENSITY_PERCENTILES: tuple = (0.5, 99.5)  # of the voxels in the head, taken to 0 and 1
     IMG_PATCH_SIZE: tuple = (96, 96, 96)  # voxels; multiples of 2**ENCODER_DEPTH, twice it at least
     SW_OVERLAP: float = 0.5  # of neighbouring windows, fraction of the patch
@@ -197,8 +198,9 @@ PUBLISHED = {
     **{"IMAGE_GLOB": "sub-*/**/anat/*_T2w.nii*", "OUTPUT_DIR": "outputs_3d", "CACHE_DIR": ""},
     **{"LABEL_GLOB": "derivatives/mask/sub-*/**/sub-*_desc-mask_PVS.nii*", "NUM_WORKERS": 8},
     **{"TEST_FRACTION": 0.05, "VAL_FRACTION": 0.0526, "FOLDS": 0, "FOLD": 0, "SEED": 123},
-    **{"PIX_DIM": (1.5, 1.5, 1.5), "INTENSITY_PERCENTILES": (0.5, 99.5), "SW_OVERLAP": 0.5},
-    **{"IMG_PATCH_SIZE": (96, 96, 96), "ARCHITECTURE": "unetplusplus", "DECODER_WIDTH": 16},
+    **{"PIX_DIM": (1.5, 1.5, 1.5), "SPACING_TOLERANCE": 0.0, "IMG_PATCH_SIZE": (96, 96, 96)},
+    **{"INTENSITY_PERCENTILES": (0.5, 99.5), "SW_OVERLAP": 0.5},
+    **{"ARCHITECTURE": "unetplusplus", "DECODER_WIDTH": 16},
     **{"ENCODER_NAME": "efficientnet-b7", "ENCODER_DEPTH": 5, "ENCODER_WEIGHTS": "imagenet"},
     **{"INIT_FROM": "", "HEAD_BIAS_LOG_ODDS": False, "BATCHNORM_MOMENTUM": 0.0, "BATCH_SIZE": 2},
     **{"CROPS_PER_VOLUME": 4, "POS_NEG_RATIO": 2.0, "ACCUMULATE_STEPS": 1, "GRAD_CLIP": 1.0},
@@ -212,9 +214,9 @@ PUBLISHED = {
 RECIPES = {  # named sets of flags, chosen with --recipe; one of your own is one more line
     "published": "",
     # Thin PVS: the scans' own grid, and a network that sees it.
-    "native": "--pix-dim 0 --architecture dynunet --encoder-depth 4 --decoder-width 32 "
-    "--encoder-weights none --head-bias-log-odds --augmentation native --flip-axes x --tta-flips "
-    "--lr 3e-3 --lr-schedule poly --val-every 5",
+    "native": "--pix-dim 0 --spacing-tolerance 0.3 --architecture dynunet --encoder-depth 4 "
+    "--decoder-width 32 --encoder-weights none --head-bias-log-odds --augmentation native "
+    "--flip-axes x --tta-flips --lr 3e-3 --lr-schedule poly --val-every 5",
     # Minutes on a laptop's CPU. With EfficientNet's BatchNorm momentum of 0.01 the statistics of so
     # short a run are those of its start; without the bias its Dice stays at 0 for long.
     "demo": "--test-fraction 0.25 --val-fraction 0.16 --pix-dim 1 --img-patch-size 32 --epochs 18 "
@@ -230,6 +232,7 @@ LIMITS = (  # smallest and largest value of settings
     (1e-6, 0.999999, "TEST_FRACTION VAL_FRACTION LR_FACTOR THRESHOLD"),
     (0, 0.999999, "BATCHNORM_MOMENTUM"),
     (0, 0.9, "SW_OVERLAP"),
+    (0, 0.5, "SPACING_TOLERANCE"),
     (0, 2**32 - 1, "SEED MAX_MINUTES"),
     (3, 5, "ENCODER_DEPTH"),
     (8, 1024, "IMG_PATCH_SIZE"),
@@ -1179,6 +1182,9 @@ def build_transforms(cfg):
     """
     scale = functools.partial(scale_intensity, percentiles=cfg.INTENSITY_PERCENTILES)
     spacing = {"pixdim": cfg.PIX_DIM, "mode": INTERPOLATION, "dtype": torch.float32}
+    # Interpolation there and back costs thin PVS. What lies between the two keeps its spacing.
+    spacing["min_pixdim"] = [side * (1 - cfg.SPACING_TOLERANCE) for side in cfg.PIX_DIM]
+    spacing["max_pixdim"] = [side * (1 + cfg.SPACING_TOLERANCE) for side in cfg.PIX_DIM]
     crop = {"source_key": "image", "select_fn": head_mask, "margin": 2, "allow_smaller": True}
     return mt.Compose(
         [
@@ -1275,7 +1281,7 @@ class CutPatches(mt.Randomizable, mt.Transform):
         """Return a random rotation and scaling of voxels, (3, 3); None: neither was drawn."""
         turned, scaled = self.R.random(2) < 0.2
         angles = self.R.uniform(-15, 15, 3) * turned
-        scale = self.R.uniform(0.9, 1.1) if scaled else 1
+        scale = self.R.uniform(0.8, 1.25) if scaled else 1
         turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() / scale
         spacing = np.array(self.cfg.PIX_DIM)
         return turn * spacing / spacing[:, None] if turned or scaled else None
@@ -1303,7 +1309,7 @@ class CutPatches(mt.Randomizable, mt.Transform):
 
 
 NATIVE_AUGMENTATION = {  # of images in [0, 1]; nnU-Net's own list is too much for short trainings
-    "noise": mt.RandGaussianNoised("image", prob=0.2, std=0.06, sample_std=True),
+    "noise": mt.RandGaussianNoised("image", prob=0.3, std=0.12, sample_std=True),
     "blur": mt.RandGaussianSmoothd("image", *3 * [(0.25, 0.75)], prob=0.1),
     "bias": mt.RandBiasFieldd("image", coeff_range=(-0.15, 0.15), prob=0.15),
     "gamma": mt.RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),

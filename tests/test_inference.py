@@ -93,13 +93,15 @@ def prepare(tmp_path):
     return write
 
 
+@pytest.mark.parametrize("tolerance", [0, 0.3])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_working_grid_of_the_scans_own_spacing_loses_nothing(grid, prepare, tiny_config):
+def test_working_grid_of_the_scans_own_spacing_loses_nothing(grid, tolerance, prepare, tiny_config):
     """Mask and prediction come back to the very voxels, and between them nothing is smoothed."""
     affine, shape, pix_dim = GRIDS[grid]
     image, label = make_scan(shape)
     # Percentiles 0 and 100 of the head take 400 to 0 and 800 to 1: the logits are -5 and 5.
-    cfg = tiny_config(PIX_DIM=pix_dim, AMP=False, INTENSITY_PERCENTILES=(0, 100))
+    cfg = tiny_config(AMP=False, INTENSITY_PERCENTILES=(0, 100), SPACING_TOLERANCE=tolerance)
+    cfg = train_pvs.replace(cfg, PIX_DIM=tuple(np.multiply(pix_dim, 1 + 0.9 * tolerance)))
     case, entry = prepare(affine, image, label, cfg)
     assert case.roundtrip_dice == 1.0
     assert case.native_spacing == pytest.approx(pix_dim)
