@@ -42,40 +42,13 @@ import traceback
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import nibabel as nib
 import numpy as np
-import torch
-from monai import transforms as mt
-from monai.data import MetaTensor
-from monai.inferers import sliding_window_inference
-from monai.losses import DiceCELoss
-from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
-from monai.networks.nets import DynUNet
-from scipy import ndimage, stats
-from scipy.spatial.transform import Rotation
-from sklearn.model_selection import KFold, train_test_split
-from torch import distributed as dist
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
-from tqdm import tqdm
-
-with warnings.catch_warnings():  # its timm 0.9.7 imports what is deprecated
-    warnings.simplefilter("ignore")
-    import segmentation_models_pytorch_3d as smp
-
-plt.switch_backend("Agg")  # figures go to files; no screen is needed
-plt.rcParams["text.parse_math"] = False  # a name may hold a $
-nib.imageglobals.logger.setLevel(logging.CRITICAL)  # its remarks name no file
-# Letters that the font lacks; headers, which are checked here; MONAI's own call; one copy.
-told = "Glyph .* missing|Extension size|.*always_return_as_numpy|Grad strides do not match"
-warnings.filterwarnings("ignore", told)
-log = logging.getLogger("train_pvs")
 
 # ------------------------------------------------------------------------------------------ Config
 # Edit any value here, or give it as a flag: `BATCH_SIZE` is `--batch-size`. Comments are its help.
@@ -126,6 +99,7 @@ class Grid(Settings):
 
     PIX_DIM: tuple = (1.5, 1.5, 1.5)  # spacing, mm; 0 0 0: the training scans' own, their median
     SPACING_TOLERANCE: float = 0.0  # fraction; spacings that differ less from PIX_DIM are kept
+    HEAD_DEPTH: float = 0.0  # mm below the head's top that are kept, so no neck; 0: all
     INTENSITY_PERCENTILES: tuple = (0.5, 99.5)  # of the voxels in the head, taken to 0 and 1
     IMG_PATCH_SIZE: tuple = (96, 96, 96)  # voxels; multiples of 2**ENCODER_DEPTH, twice it at least
     SW_OVERLAP: float = 0.5  # of neighbouring windows, fraction of the patch
@@ -185,7 +159,7 @@ class Machine(Settings):
 
     DEVICE: str = "auto"  # auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...
     NUM_WORKERS: int = 8  # processes that prepare volumes and cut patches
-    SW_BATCH_SIZE: int = 4  # windows at once
+    SW_BATCH_SIZE: int = 4  # windows at once on a GPU; on a CPU it is one, as fast
 
 
 class Config(Machine, Decision, Length, Training, Network, Grid, Split, Output, Data, Settings):
@@ -199,7 +173,7 @@ PUBLISHED = {
     **{"LABEL_GLOB": "derivatives/mask/sub-*/**/sub-*_desc-mask_PVS.nii*", "NUM_WORKERS": 8},
     **{"TEST_FRACTION": 0.05, "VAL_FRACTION": 0.0526, "FOLDS": 0, "FOLD": 0, "SEED": 123},
     **{"PIX_DIM": (1.5, 1.5, 1.5), "SPACING_TOLERANCE": 0.0, "IMG_PATCH_SIZE": (96, 96, 96)},
-    **{"INTENSITY_PERCENTILES": (0.5, 99.5), "SW_OVERLAP": 0.5},
+    **{"HEAD_DEPTH": 0.0, "INTENSITY_PERCENTILES": (0.5, 99.5), "SW_OVERLAP": 0.5},
     **{"ARCHITECTURE": "unetplusplus", "DECODER_WIDTH": 16},
     **{"ENCODER_NAME": "efficientnet-b7", "ENCODER_DEPTH": 5, "ENCODER_WEIGHTS": "imagenet"},
     **{"INIT_FROM": "", "HEAD_BIAS_LOG_ODDS": False, "BATCHNORM_MOMENTUM": 0.0, "BATCH_SIZE": 2},
@@ -214,9 +188,9 @@ PUBLISHED = {
 RECIPES = {  # named sets of flags, chosen with --recipe; one of your own is one more line
     "published": "",
     # Thin PVS: the scans' own grid, and a network that sees it.
-    "native": "--pix-dim 0 --spacing-tolerance 0.3 --architecture dynunet --encoder-depth 4 "
-    "--decoder-width 32 --encoder-weights none --head-bias-log-odds --augmentation native "
-    "--flip-axes x --tta-flips --lr 3e-3 --lr-schedule poly --val-every 5",
+    "native": "--pix-dim 0 --spacing-tolerance 0.3 --head-depth 170 --architecture dynunet "
+    "--encoder-depth 4 --decoder-width 32 --encoder-weights none --head-bias-log-odds "
+    "--augmentation native --flip-axes x --tta-flips --lr 3e-3 --lr-schedule poly --val-every 5",
     # Minutes on a laptop's CPU. With EfficientNet's BatchNorm momentum of 0.01 the statistics of so
     # short a run are those of its start; without the bias its Dice stays at 0 for long.
     "demo": "--test-fraction 0.25 --val-fraction 0.16 --pix-dim 1 --img-patch-size 32 --epochs 18 "
@@ -233,6 +207,7 @@ LIMITS = (  # smallest and largest value of settings
     (0, 0.999999, "BATCHNORM_MOMENTUM"),
     (0, 0.9, "SW_OVERLAP"),
     (0, 0.5, "SPACING_TOLERANCE"),
+    (0, 10**4, "HEAD_DEPTH"),
     (0, 2**32 - 1, "SEED MAX_MINUTES"),
     (3, 5, "ENCODER_DEPTH"),
     (8, 1024, "IMG_PATCH_SIZE"),
@@ -242,6 +217,11 @@ FLIPS = {  # FLIP_AXES: axes of the working grid, (H, W, D) or right, anterior, 
     "".join("xyz"[axis] for axis in axes) or "none": axes
     for count in range(4)
     for axes in itertools.combinations(range(3), count)
+}
+
+NETWORKS = {  # ARCHITECTURE, made by build_..: its output's bias, its name in BIDS' `desc`
+    "unetplusplus": ("segmentation_head.0.bias", "unetpp"),
+    "dynunet": ("output_block.conv.conv.bias", "dynunet"),
 }
 
 HOW_TO_GET_DATA = """\
@@ -348,8 +328,12 @@ def check_config(cfg, problems, starts=True):
 
     `starts`: a training begins, from files that have to exist.
     """
-    divisor, count = 2 ** np.clip(cfg.ENCODER_DEPTH, 3, 5), torch.cuda.device_count()
-    devices = ["auto", "cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]
+    divisor, devices = 2 ** np.clip(cfg.ENCODER_DEPTH, 3, 5), ["auto", "cpu"]
+    if cfg.DEVICE not in devices:
+        import torch
+
+        numbers = range(torch.cuda.device_count())
+        devices += ["cuda"] * bool(numbers) + [f"cuda:{i}" for i in numbers]
     encoders, given = [f"efficientnet-b{i}" for i in range(8)], ("imagenet", "none")
     choices = {"ENCODER_NAME": encoders, "ARCHITECTURE": NETWORKS, "FLIP_AXES": FLIPS}
     choices |= {"LR_SCHEDULE": ("plateau", "poly"), "AUGMENTATION": ("published", "native")}
@@ -387,6 +371,12 @@ def check_config(cfg, problems, starts=True):
         told = f"{name}: expected {expected}, got {words(getattr(cfg, name))}"
         if not good:
             problems.setdefault(name, told)
+
+
+def process_number(name):
+    """Return RANK, WORLD_SIZE or their LOCAL_ ones, as torchrun gives them; without it 0 and 1."""
+    alone = 1 if name.endswith("WORLD_SIZE") else 0
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
 
 
 def parse_command_line(argv):
@@ -428,13 +418,48 @@ def parse_command_line(argv):
     return cfg, options
 
 
+def require_data_folder(cfg, options):
+    """Raise an error where DATA_DIR is missing, unless a checkpoint says another or it is made."""
+    elsewhere = options.demo or options.resume or options.evaluate or options.predict
+    there = elsewhere or os.path.isdir(cfg.DATA_DIR)
+    require(there, f"{cfg.DATA_DIR}: no such folder (DATA_DIR)\n{HOW_TO_GET_DATA}")
+
+
+if __name__ == "__main__" and process_number("WORLD_SIZE") == 1:
+    try:  # --help and what is wrong are told before the imports, which take seconds
+        require_data_folder(*parse_command_line(sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(print(f"Error: {error}", file=sys.stderr) or 2)
+
+with warnings.catch_warnings():  # timm 0.9.7 imports what is deprecated
+    warnings.simplefilter("ignore")
+    import matplotlib.pyplot as plt
+    import nibabel as nib
+    import segmentation_models_pytorch_3d as smp
+    import torch
+    from monai import transforms as mt
+    from monai.data import MetaTensor
+    from monai.inferers import sliding_window_inference
+    from monai.losses import DiceCELoss
+    from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+    from monai.networks.nets import DynUNet
+    from scipy import ndimage, stats
+    from scipy.spatial.transform import Rotation
+    from sklearn.model_selection import KFold, train_test_split
+    from torch import distributed as dist
+    from torch import nn
+    from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+    from tqdm import tqdm
+
+plt.switch_backend("Agg")  # figures go to files; no screen is needed
+plt.rcParams["text.parse_math"] = False  # a name may hold a $
+nib.imageglobals.logger.setLevel(logging.CRITICAL)  # its remarks name no file
+# Letters that the font lacks; headers, which are checked here; MONAI's own call; one copy.
+told = "Glyph .* missing|Extension size|.*always_return_as_numpy|Grad strides do not match"
+warnings.filterwarnings("ignore", told)
+log = logging.getLogger("train_pvs")
+
 # --------------------------------------------------------------------------------------- Processes
-
-
-def process_number(name):
-    """Return RANK, WORLD_SIZE or their LOCAL_ ones, as torchrun gives them; without it 0 and 1."""
-    alone = 1 if name.endswith("WORLD_SIZE") else 0
-    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
 
 
 def first_process():
@@ -1143,6 +1168,20 @@ def head_mask(image):
     return (components == 1 + np.argmax(np.bincount(components.ravel())[1:]))[None]
 
 
+def keep_head(image, depth):
+    """Return `head_mask`, without what lies over `depth` mm below the head's top; 0: all of it.
+
+    The top is where sections reach a tenth of the largest one's area. 170 mm hold an adult's
+    brain: the default of FSL's robustfov.
+    """
+    head = head_mask(image)
+    areas = head[0].sum((0, 1))
+    end = 1 + np.flatnonzero(areas >= areas.max() / 10)[-1]
+    if depth:
+        head[..., : max(end - math.ceil(depth / ras_spacing(image.affine.numpy())[2]), 0)] = False
+    return head
+
+
 def darken_background(image):
     """Return (a scan (1, X, Y, Z), whether the skull is stripped from it).
 
@@ -1185,7 +1224,8 @@ def build_transforms(cfg):
     # Interpolation there and back costs thin PVS. What lies between the two keeps its spacing.
     spacing["min_pixdim"] = [side * (1 - cfg.SPACING_TOLERANCE) for side in cfg.PIX_DIM]
     spacing["max_pixdim"] = [side * (1 + cfg.SPACING_TOLERANCE) for side in cfg.PIX_DIM]
-    crop = {"source_key": "image", "select_fn": head_mask, "margin": 2, "allow_smaller": True}
+    crop = {"source_key": "image", "margin": 2, "allow_smaller": True}
+    crop["select_fn"] = functools.partial(keep_head, depth=cfg.HEAD_DEPTH)
     return mt.Compose(
         [
             mt.AsDiscreted("label", threshold=1e-6, allow_missing_keys=True),
@@ -1219,9 +1259,14 @@ def to_native_grid(volume, entry):
     Linear between voxel centres, 0 outside; the affines hold orientation, spacing and crop.
     """
     resample = mt.SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
-    volume = MetaTensor(volume, affine=entry["affine"])
-    target = {"dst_affine": entry["native_affine"], "spatial_size": entry["native_shape"]}
-    return resample(volume, **target).as_tensor()
+    volume, affine = MetaTensor(volume, affine=entry["affine"]), entry["native_affine"].clone()
+    length, *section = entry["native_shape"]
+    native = torch.empty(1, length, *section)
+    for slab in native.split(32, dim=1):  # MONAI takes some 30 bytes a voxel for their places
+        target = {"dst_affine": affine, "spatial_size": slab.shape[1:]}
+        slab.copy_(resample(volume, **target).as_tensor())
+        affine[:3, 3] += slab.shape[1] * affine[:3, 0]
+    return native
 
 
 def build_train_transforms(cfg):
@@ -1378,7 +1423,7 @@ def fill_cache(case, cfg):
 
 
 MAKERS = (read_pair, read_header, read_volume, read_label, readings, check_mask, ras_spacing)
-MAKERS += (read_scan, head_mask, darken_background, scale_intensity, build_transforms)
+MAKERS += (read_scan, head_mask, keep_head, darken_background, scale_intensity, build_transforms)
 MAKERS += (to_working_grid, to_native_grid, fill_cache)
 LIBRARIES = [importlib.metadata.version(name) for name in ("monai", "torch", "scipy", "numpy")]
 CACHED_CODE = [inspect.getsource(maker) for maker in MAKERS]
@@ -1575,12 +1620,6 @@ def build_dynunet(cfg):
     return DynUNet(kernel_size=(depth + 1) * [3], **strides, **settings)
 
 
-NETWORKS = {  # ARCHITECTURE: builder, name of the output's bias, name in BIDS' `desc`
-    "unetplusplus": (build_unetplusplus, "segmentation_head.0.bias", "unetpp"),
-    "dynunet": (build_dynunet, "output_block.conv.conv.bias", "dynunet"),
-}
-
-
 def build_model(cfg, pretrained=True):
     """Return the network that ARCHITECTURE names, on the CPU.
 
@@ -1588,7 +1627,7 @@ def build_model(cfg, pretrained=True):
     weights are a function of SEED, or ENCODER_WEIGHTS where they are `pretrained`.
     """
     torch.manual_seed(cfg.SEED)
-    model = NETWORKS[cfg.ARCHITECTURE][0](cfg)
+    model = globals()["build_" + cfg.ARCHITECTURE](cfg)
     if cfg.ARCHITECTURE == "unetplusplus" and cfg.ENCODER_WEIGHTS != "none" and pretrained:
         load_encoder_weights(model.encoder, cfg)
     for module in model.modules():
@@ -1634,7 +1673,7 @@ def start_at_log_odds(model, cases, cfg):
     """Set the output's bias so that the first prediction is the training masks' mean."""
     total = sum(load_cached(case)["label"].numel() for case in cases)
     labelled = min(max(sum(case.working_voxels for case in cases), 1), total - 1)
-    bias = model.get_parameter(NETWORKS[cfg.ARCHITECTURE][1])
+    bias = model.get_parameter(NETWORKS[cfg.ARCHITECTURE][0])
     nn.init.constant_(bias, math.log(labelled / (total - labelled)))
 
 
@@ -1755,7 +1794,8 @@ def predict_logits(model, image, cfg):
         with autocast(device, cfg):
             return model(network_input(windows, device, cfg)).float()
 
-    settings = {"roi_size": cfg.IMG_PATCH_SIZE, "sw_batch_size": cfg.SW_BATCH_SIZE}
+    at_once = cfg.SW_BATCH_SIZE if device.type == "cuda" else 1
+    settings = {"roi_size": cfg.IMG_PATCH_SIZE, "sw_batch_size": at_once}
     settings |= {"overlap": cfg.SW_OVERLAP, "mode": "gaussian"}
     settings |= {"predictor": predict_windows, "sw_device": device, "device": place}
     return sliding_window_inference(image[None].float().to(place), **settings)
@@ -2048,9 +2088,10 @@ def fit(run, model, cfg, split, last=None):
     """Train until EPOCHS, or until EARLY_STOPPING validations in a row brought no better Dice.
 
     `best_model.pth` has the weights of the best validation Dice, from the first epoch on;
-    `last.pth` after every epoch all that going on takes, and `last` is its content. The validation
-    of a last epoch out of its turn may choose the weights, but changes nothing else: a run that
-    goes on to more epochs takes it back and is the one that had them from the start.
+    `last.pth` after every epoch all that going on takes, and `last` is its content. A thread writes
+    them while the next epoch trains. The validation of a last epoch out of its turn may choose the
+    weights, but changes nothing else: a run that goes on to more epochs takes it back and is the
+    one that had them from the start.
     """
     device, parallel = next(model.parameters()).device, model
     loader, state = build_train_loader(split["train"], cfg, device), TrainState(model, cfg, last)
@@ -2058,26 +2099,31 @@ def fit(run, model, cfg, split, last=None):
         own = [device.index] if device.type == "cuda" else None
         # Some layers of the encoder have no part in the output and get no gradient.
         parallel = nn.parallel.DistributedDataParallel(model, own, find_unused_parameters=True)
-    progress, former_best = state.progress, last and last["former_best"]
+    progress, former_best, writing = state.progress, last and last["former_best"], None
     history = progress["history"]
-    while not stops_early(progress, cfg):
-        if former_best and first_process():
-            write_torch(run.best, former_best)
-        former_best = None
-        in_turn = not history or (len(history) + 1) % cfg.VAL_EVERY == 0
-        row = train_and_validate(parallel, state, loader, split["val"], in_turn)
-        history.append(row)
-        improved = row["val_dice"] is not None and row["val_dice"] > progress["best_dice"]
-        if in_turn:
-            if cfg.LR_SCHEDULE == "plateau":
-                state.plateau.step(row["val_loss"])
-            progress["waited"] = 0 if improved else progress["waited"] + 1
-            progress["best_dice"] = max(row["val_dice"], progress["best_dice"])
-        if first_process():
-            save_epoch(run, state, split, improved, in_turn)
-        log_epoch(history, improved, cfg)
-        if row["epoch"] == 50 and progress["best_dice"] == 0 and not improved:
-            log.warning("Warning: validation Dice is still 0; going on. %s", advice(cfg))
+    with ThreadPoolExecutor(1) as writer:  # an error leaves when all is written
+        while not stops_early(progress, cfg):
+            if former_best and first_process():
+                write_torch(run.best, former_best)
+            former_best = None
+            in_turn = not history or (len(history) + 1) % cfg.VAL_EVERY == 0
+            row = train_and_validate(parallel, state, loader, split["val"], in_turn)
+            history.append(row)
+            improved = row["val_dice"] is not None and row["val_dice"] > progress["best_dice"]
+            if in_turn:
+                if cfg.LR_SCHEDULE == "plateau":
+                    state.plateau.step(row["val_loss"])
+                progress["waited"] = 0 if improved else progress["waited"] + 1
+                progress["best_dice"] = max(row["val_dice"], progress["best_dice"])
+            if writing:
+                writing.result()  # raises its errors
+            if first_process():
+                writing = writer.submit(save_epoch(run, state, split, improved, in_turn))
+            log_epoch(history, improved, cfg)
+            if row["epoch"] == 50 and progress["best_dice"] == 0 and not improved:
+                log.warning("Warning: validation Dice is still 0; going on. %s", advice(cfg))
+        if writing:
+            writing.result()
 
 
 def seconds_left(history, cfg):
@@ -2117,7 +2163,7 @@ def train_and_validate(parallel, state, loader, val_cases, in_turn):
     cfg, history, start = state.cfg, state.progress["history"], time.perf_counter()
     state.set_rate(0)
     epoch, lr = len(history) + 1, state.optimizer.param_groups[0]["lr"]
-    row = {"epoch": epoch, "val_loss": None, "val_dice": None, "lr": lr}
+    row = {"epoch": epoch, "val_loss": None, "val_dice": None, "lr": lr, "val_seconds": 0.0}
     row["train_loss"], row["train_dice"] = train_one_epoch(parallel, state, loader, epoch)
     if parallel is not state.model:  # BatchNorm's statistics on CPUs are the first process's
         for buffer in state.model.buffers():
@@ -2125,29 +2171,47 @@ def train_and_validate(parallel, state, loader, val_cases, in_turn):
     row["seconds"] = round(gather([time.perf_counter() - start])[0], 2)  # the first process's
     if in_turn or planned_progress([*history, row], cfg) == 1:
         row["val_loss"], row["val_dice"] = validate(state.model, val_cases, cfg, epoch)
-        row["seconds"] = round(gather([time.perf_counter() - start])[0], 2)
+        trained, whole = row["seconds"], round(gather([time.perf_counter() - start])[0], 2)
+        row |= {"seconds": whole, "val_seconds": round(whole - trained, 2)}
     return row
 
 
+def copy_of(part):
+    """Return a copy of what `state_dict` gives, in the computer's memory."""
+    if isinstance(part, torch.Tensor):
+        return part.detach().to("cpu", copy=True)
+    if isinstance(part, dict):
+        return {key: copy_of(value) for key, value in part.items()}
+    return [copy_of(value) for value in part] if isinstance(part, list) else part
+
+
 def save_epoch(run, state, split, improved, in_turn):
-    """Write the checkpoints and the history after an epoch, the best weights if they are."""
-    cfg, progress, former_best = state.cfg, state.progress, None
+    """Return the work, for a thread, of writing checkpoints and history as they are now.
+
+    Its copies let the next epoch train meanwhile: a gigabyte takes seconds.
+    """
+    cfg, progress, parts = state.cfg, copy_of(state.progress), state.parts.items()
     history, grid = progress["history"], {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
     content = {"config": asdict(cfg), "working_grid": grid, "versions": describe_origin(cfg)}
     content |= {"history_row": history[-1], "processes": process_number("WORLD_SIZE")}
     content["trained_on"] = describe_scans(split["train"], cfg)
     for key in ("sha256", "label_sha256"):  # of the voxels, by which scans are known again
         content[key] = {part: {c.name: getattr(c, key) for c in split[part]} for part in split}
+    parts = {name: copy_of(part.state_dict()) for name, part in parts}
     if not in_turn:  # for a run that goes on
-        former_best = read_checkpoint(run.best) if improved else None
         row = history[-1] | {"val_loss": None, "val_dice": None}
-        progress = progress | {"history": [*history[:-1], row]}
-    if improved:
-        write_torch(run.best, content | {"model": state.model.state_dict()})
-    write_json(run.history, history)
-    content |= {name: part.state_dict() for name, part in state.parts.items()}
-    # Last: a run that is killed before goes through the epoch again, and writes all of it again.
-    write_torch(run.last, content | {"progress": progress, "former_best": former_best})
+        progress["history"] = [*history[:-1], row]
+
+    def write():
+        former_best = read_checkpoint(run.best) if improved and not in_turn else None
+        if improved:
+            write_torch(run.best, content | {"model": parts["model"]})
+        write_json(run.history, history)
+        # Last: a run that is killed before goes through the epoch again, and writes it all again.
+        last = content | parts | {"progress": progress, "former_best": former_best}
+        write_torch(run.last, last)
+
+    return write
 
 
 def log_epoch(history, improved, cfg):
@@ -2398,7 +2462,7 @@ def write_prediction(run, case, pred, prob, cfg):
     """Write a mask, native grid, into the BIDS derivative `predictions`; return its path."""
     sessions = re.findall(r"_(ses-[^_]+)", case.name)
     folder = Path(run.predictions, case.subject, *sessions[:1], "anat")
-    name = f"{case.name}_label-PVS_desc-{NETWORKS[cfg.ARCHITECTURE][2]}"
+    name = f"{case.name}_label-PVS_desc-{NETWORKS[cfg.ARCHITECTURE][1]}"
     if cfg.SAVE_PROBABILITIES:
         write_nifti(folder / f"{name}_probseg.nii.gz", prob, case.image)
     write_nifti(folder / f"{name}_mask.nii.gz", pred.astype(np.uint8), case.image)
@@ -2872,8 +2936,7 @@ def set_up_training(cfg, options):
     files = run.results() if cfg.INIT_FROM and not last else []
     told = f"{cfg.INIT_FROM}: INIT_FROM, which this run would replace; choose another --output-dir"
     require(not any(os.path.samefile(cfg.INIT_FROM, path) for path in files), told)
-    there = options.demo or os.path.isdir(cfg.DATA_DIR)
-    require(there, f"{cfg.DATA_DIR}: no such folder (DATA_DIR)\n{HOW_TO_GET_DATA}")
+    require_data_folder(cfg, options)
     again = options.demo and Path(cfg.DATA_DIR, "dataset_description.json").exists()
     replaceable = options.overwrite or options.check or options.resume or again
     run.open("check" if options.check else "train", replaceable, options.overwrite and not last)
@@ -2927,6 +2990,9 @@ def train(run, model, split, cfg, last):
     load_weights(model, content, run.best)
     told = "Best validation Dice %(val_dice).4f on the working grid, in epoch %(epoch)d"
     log.info(told, content["history_row"])
+    spent = [(row["seconds"], row.get("val_seconds", 0)) for row in read_json(run.history)]
+    whole, validating = np.sum(spent, 0)
+    log.info("Validation took %.0f %% of the time of training", 100 * validating / whole)
     evaluate(run, model, split["test"], [(run.best, content)], cfg)
     learned = content["history_row"]["val_dice"] > 0
     if not learned and first_process():

@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py                            all rows, 3 seeds, 8 minutes each
     python benchmarks/accuracy.py --rows native --seeds 1    one of them
     python benchmarks/accuracy.py --data-dir DATA            on a BIDS folder laid out as ds005595
+    python benchmarks/accuracy.py --epochs 28                equal steps, whatever else the CPU does
 
 Without --data-dir, heads are simulated by `heads.py`, which also scans the test heads again as
 another scanner would. Every run is the script's own, `train_pvs.main`, on one thread, with networks
@@ -91,10 +92,15 @@ def prepare_data(options):
         split = {"train": subjects[:train], "val": subjects[train:val], "test": subjects[val:end]}
         write_json(options.work / "split.json", split)
         heads.rescan_cases([case for case in cases if case.subject in split["test"]], other)
-        told = {"data": str(options.data_dir or "simulated heads"), "minutes": options.minutes}
+        told = {"data": str(options.data_dir or "simulated heads"), "length": length_words(options)}
         write_json(kept, told | {"heads": options.heads, "data_dir": str(data.resolve())})
     split = json.loads((options.work / "split.json").read_text())
     return json.loads(kept.read_text())["data_dir"], other, split
+
+
+def length_words(options):
+    """Return how long each row trains, in words."""
+    return f"{options.epochs or options.minutes:g} {'epochs' if options.epochs else 'minutes'}"
 
 
 def has_nnunet():
@@ -122,7 +128,7 @@ def train(row, out, seed, options):
     recipe = [] if "--recipe" in made.flags else ["--recipe", BASE]
     places = ["--data-dir", prepare_data(options)[0], "--split", options.work / "split.json"]
     places += ["--cache-dir", options.work / "cache", "--output-dir", out.folder]
-    length = ["--seed", seed, "--max-minutes", options.minutes]
+    length = ["--seed", seed, f"--{'epochs' if options.epochs else 'max-minutes'}", options.length]
     begun = "--resume" if out.last.exists() else "--overwrite"
     call(begun, *COMMON.split(), *recipe, *made.flags.split(), *places, *length)
     train_pvs.NATIVE_AUGMENTATION.clear()  # so that the order stays
@@ -238,7 +244,7 @@ def write_tables(top, output):
         results, told = read_rows(kept.parent), json.loads(kept.read_text())
         counts = "{} heads to train, {} to validate, {} to test".format(*told["heads"])
         for name, title in SETS.items() if results else ():
-            made = f"{Path(told['data']).name}, {told['minutes']:g} minutes, {title}"
+            made = f"{Path(told['data']).name}, {told['length']}, {title}"
             parts.append(f"## {made[0].upper()}{made[1:]}\n\n{counts}; {platform.machine()}.\n")
             parts.append(f"| recipe | {' | '.join(titles)} |\n|{' --- |' * (len(titles) + 1)}")
             parts += [describe_row(row, results, name) for row in results]
@@ -250,6 +256,7 @@ def parse(parser, argv):
     """Return the options; what runs of other data or minutes did lies in other folders."""
     parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2, 3))
     parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--epochs", type=int, default=0, help="in place of the minutes")
     parser.add_argument("--data-dir", type=Path, help="BIDS folder; none: heads are simulated")
     text = "how many to train, validate, test, in the order of their names"
     parser.add_argument("--heads", type=int, nargs=3, default=(12, 1, 4), help=text)
@@ -257,7 +264,8 @@ def parse(parser, argv):
     options = parser.parse_args(argv)
     data = options.data_dir.resolve().name if options.data_dir else "simulated"
     options.top, size = options.work, "-".join(map(str, options.heads))
-    options.work /= f"{data}-{size}-{options.minutes:g}min"
+    options.length = options.epochs or options.minutes
+    options.work /= f"{data}-{size}-{length_words(options)}".replace(" ", "-")
     torch.set_num_threads(1)
     return options
 
@@ -269,6 +277,9 @@ def main(argv=None):
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=rows)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "accuracy.md")
     options = parse(parser, argv)
+    if options.epochs:  # nnU-Net's are others
+        rows = [row for row in rows if row != NNUNET]
+        options.rows = [row for row in options.rows if row != NNUNET]
     if not set(options.rows) <= set(rows):
         print(NO_NNUNET, file=sys.stderr)
         return 2

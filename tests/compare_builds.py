@@ -56,6 +56,7 @@ def numbers(out):
     scores = json.loads((logs / "comprehensive_test_metrics.json").read_text())
     for row in history:
         del row["seconds"]
+        row.pop("val_seconds", None)
     for name in ("config", "versions", "checkpoint", "date", "device", "empty_masks"):
         scores.pop(name, None)
     masks = {}

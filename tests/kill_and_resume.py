@@ -57,7 +57,7 @@ def outcome(out):
         for name in ("last", "best_model")
     )
     for row in [*history, *last["progress"]["history"], last["history_row"], best["history_row"]]:
-        row.pop("seconds", None)
+        del row["seconds"], row["val_seconds"]
     metrics = comparable(out)
     for content in (metrics, last, best):
         content.pop("date", None)

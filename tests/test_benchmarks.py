@@ -44,7 +44,7 @@ def accuracies(tmp_path_factory):
         draw_nothing(patch)
         patch.setattr(accuracy, "COMMON", f"{accuracy.COMMON} --img-patch-size 16")
         assert accuracy.main(flags) == 0
-        yield flags, work / "runs" / "data-2-1-2-0.001min", work
+        yield flags, work / "runs" / "data-2-1-2-0.001-minutes", work
 
 
 def test_accuracy_measures_rows_on_two_scanners_and_does_nothing_twice(accuracies):
@@ -130,7 +130,7 @@ def test_accuracys_table_has_means_and_paired_differences_over_heads_and_seeds(t
 
     keep("published", 0.1, 0.2, 0.3, 0.2)
     keep("native", 0.5, 0.6, 0.8, 0.7)
-    told = {"data": "heads", "minutes": 3, "heads": (7, 8, 9)}
+    told = {"data": "heads", "length": "3 minutes", "heads": (7, 8, 9)}
     accuracy.write_json(tmp_path / "heads" / "settings.json", told)
     accuracy.write_tables(tmp_path, tmp_path / "table.md")
     published, native = rows_of(tmp_path / "table.md", "recipe")[:2]

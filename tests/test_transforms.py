@@ -113,6 +113,22 @@ def same(one, two):
     return one["name"] == two["name"] and all(torch.equal(one[key], two[key]) for key in KEYS)
 
 
+def test_neck_is_left_out_so_far_below_the_top_as_is_asked_for(tiny_config):
+    image = np.zeros((40, 40, 110))
+    image[14:26, 14:26, :60] = image[5:35, 5:35, 50:100] = image[20:22, 20:22, 95:107] = 400
+    # What sticks out is cut off by the opening, but for section 100. The top is 99 all the same, as
+    # its section is large: 120 mm below it are 40 to 99, and there are two voxels on both sides.
+    for depth, expected in ((120, range(38, 103)), (0, range(103))):
+        cfg = tiny_config(PIX_DIM=(2, 2, 2), HEAD_DEPTH=depth)
+        for array, side in ((image, 2), (image[:, :, ::-1], -2)):
+            affine = np.diag([2.0, 2, side, 1])
+            kept = transform(cfg, array, array > 0, affine)["label"]
+            places = np.argwhere(kept[0].numpy()) @ kept.affine.numpy()[:3, :3].T
+            heights = {*(places[:, 2] + kept.affine.numpy()[2, 3])}
+            first = 0 if side > 0 else -2 * 109
+            assert heights == {first + 2.0 * section for section in expected}
+
+
 def test_batches_are_a_function_of_seed_and_epoch_with_any_workers(data, tiny_config, tmp_path):
     settings = {"DATA_DIR": str(data), "OUTPUT_DIR": str(tmp_path), "IMG_PATCH_SIZE": (8, 16, 24)}
     cfg = tiny_config(**settings, BATCH_SIZE=3)
