@@ -57,7 +57,8 @@ def outcome(out):
         for name in ("last", "best_model")
     )
     for row in [*history, *last["progress"]["history"], last["history_row"], best["history_row"]]:
-        del row["seconds"], row["val_seconds"]
+        for key in ("seconds", "val_seconds"):
+            row.pop(key, None)  # a row may be here twice
     metrics = comparable(out)
     for content in (metrics, last, best):
         content.pop("date", None)

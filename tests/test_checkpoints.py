@@ -119,7 +119,8 @@ def test_useless_checkpoint_is_told_and_runs_no_code(command, source, start, tmp
 
 
 FIXED = """--test-fraction 0.3 --val-fraction 0.3 --seed 9 --pix-dim 1 1 0.9 --sw-overlap 0.7
---intensity-percentiles 1 99 --img-patch-size 32 32 32 --architecture dynunet --encoder-depth 4
+--spacing-tolerance 0.1 --head-depth 99 --intensity-percentiles 1 99
+--img-patch-size 32 32 32 --architecture dynunet --encoder-depth 4
 --encoder-name efficientnet-b1 --decoder-width 3 --encoder-weights imagenet --crops-per-volume 3
 --pos-neg-ratio 1 --batch-size 3 --accumulate-steps 2 --batchnorm-momentum 0.2 --lr 0.5
 --weight-decay 0.1 --grad-clip 3 --lr-factor 0.6 --lr-patience 4 --lr-min 1e-7 --val-every 2

@@ -132,7 +132,7 @@ def test_second_signal_ends_a_run_that_is_stuck_at_once(begin, heads, tmp_path):
 
 
 def test_ctrl_c_during_the_imports_ends_without_a_traceback(tmp_path):
-    command = [sys.executable, train_pvs.__file__, "--check"]
+    command = [sys.executable, train_pvs.__file__, "--check", "--data-dir", "."]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=tmp_path, **pipes) as run:
         maps = Path(f"/proc/{run.pid}/maps")
