@@ -135,6 +135,7 @@ class Training(Settings):
     LR_PATIENCE: int = 5  # validations in a row without a lower loss that leave LR as it is
     LR_MIN: float = 1e-6  # LR is not reduced below it
     VAL_EVERY: int = 1  # epochs between validations; the first and last have one always
+    VAL_OVERLAP: float = 0.5  # SW_OVERLAP in validations; less takes less time
     EARLY_STOPPING: int = 100  # validations without a better Dice before the run stops
 
 
@@ -148,7 +149,7 @@ class Length(Settings):
 class Decision(Settings):
     """How a scan becomes a mask; as in the training, unless a flag says otherwise."""
 
-    TTA_FLIPS: bool = False  # mean probability of the scan and its views mirrored along FLIP_AXES
+    TTA_FLIPS: str = "none"  # views mirrored along FLIP_AXES: none, windows (every other), or full
     THRESHOLD: float = 0.5  # a probability above it is PVS
     SMALLEST_PVS: float = 0.0  # mm3; smaller components are left out
     AMP: bool = True  # bfloat16 or float16 autocast where the hardware gains from it
@@ -174,14 +175,14 @@ PUBLISHED = {
     **{"TEST_FRACTION": 0.05, "VAL_FRACTION": 0.0526, "FOLDS": 0, "FOLD": 0, "SEED": 123},
     **{"PIX_DIM": (1.5, 1.5, 1.5), "SPACING_TOLERANCE": 0.0, "IMG_PATCH_SIZE": (96, 96, 96)},
     **{"HEAD_DEPTH": 0.0, "INTENSITY_PERCENTILES": (0.5, 99.5), "SW_OVERLAP": 0.5},
-    **{"ARCHITECTURE": "unetplusplus", "DECODER_WIDTH": 16},
+    **{"VAL_OVERLAP": 0.5, "ARCHITECTURE": "unetplusplus", "DECODER_WIDTH": 16},
     **{"ENCODER_NAME": "efficientnet-b7", "ENCODER_DEPTH": 5, "ENCODER_WEIGHTS": "imagenet"},
     **{"INIT_FROM": "", "HEAD_BIAS_LOG_ODDS": False, "BATCHNORM_MOMENTUM": 0.0, "BATCH_SIZE": 2},
     **{"CROPS_PER_VOLUME": 4, "POS_NEG_RATIO": 2.0, "ACCUMULATE_STEPS": 1, "GRAD_CLIP": 1.0},
     **{"LR": 1e-3, "WEIGHT_DECAY": 1e-5, "LR_FACTOR": 0.5, "LR_PATIENCE": 5, "LR_MIN": 1e-6},
     **{"VAL_EVERY": 1, "EARLY_STOPPING": 100, "LR_SCHEDULE": "plateau"},
     **{"AUGMENTATION": "published", "FLIP_AXES": "none", "EPOCHS": 1000, "MAX_MINUTES": 0.0},
-    **{"TTA_FLIPS": False, "THRESHOLD": 0.5, "SMALLEST_PVS": 0.0, "SAVE_PROBABILITIES": False},
+    **{"TTA_FLIPS": "none", "THRESHOLD": 0.5, "SMALLEST_PVS": 0.0, "SAVE_PROBABILITIES": False},
     **{"DEVICE": "auto", "AMP": True, "SW_BATCH_SIZE": 4},
 }
 
@@ -190,7 +191,8 @@ RECIPES = {  # named sets of flags, chosen with --recipe; one of your own is one
     # Thin PVS: the scans' own grid, and a network that sees it.
     "native": "--pix-dim 0 --spacing-tolerance 0.3 --head-depth 170 --architecture dynunet "
     "--encoder-depth 4 --decoder-width 32 --encoder-weights none --head-bias-log-odds "
-    "--augmentation native --flip-axes x --tta-flips --lr 3e-3 --lr-schedule poly --val-every 5",
+    "--augmentation native --flip-axes x --tta-flips windows --lr 3e-3 --lr-schedule poly "
+    "--val-every 5 --val-overlap 0.25",
     # Minutes on a laptop's CPU. With EfficientNet's BatchNorm momentum of 0.01 the statistics of so
     # short a run are those of its start; without the bias its Dice stays at 0 for long.
     "demo": "--test-fraction 0.25 --val-fraction 0.16 --pix-dim 1 --img-patch-size 32 --epochs 18 "
@@ -205,7 +207,7 @@ LIMITS = (  # smallest and largest value of settings
     (1e-12, 10**6, "LR GRAD_CLIP"),
     (1e-6, 0.999999, "TEST_FRACTION VAL_FRACTION LR_FACTOR THRESHOLD"),
     (0, 0.999999, "BATCHNORM_MOMENTUM"),
-    (0, 0.9, "SW_OVERLAP"),
+    (0, 0.9, "SW_OVERLAP VAL_OVERLAP"),
     (0, 0.5, "SPACING_TOLERANCE"),
     (0, 10**4, "HEAD_DEPTH"),
     (0, 2**32 - 1, "SEED MAX_MINUTES"),
@@ -339,7 +341,7 @@ def check_config(cfg, problems, starts=True):
     choices |= {"LR_SCHEDULE": ("plateau", "poly"), "AUGMENTATION": ("published", "native")}
     patch = [side >= 2 * divisor and side % divisor == 0 for side in cfg.IMG_PATCH_SIZE]
     low, high = cfg.INTENSITY_PERCENTILES
-    unmirrored = "False (--no-tta-flips), as it is not trained with FLIP_AXES"
+    choices["TTA_FLIPS"] = ("none", "windows", "full")
     sides = tuple(np.clip(cfg.PIX_DIM, SMALLEST_SIDE, LARGEST_SIDE))
     output, data = map(os.path.realpath, (cfg.OUTPUT_DIR, cfg.DATA_DIR))
     fold = f"--fold 1 to {cfg.FOLDS} as well, or all" if cfg.FOLDS else "--folds as well, or 0"
@@ -355,7 +357,11 @@ def check_config(cfg, problems, starts=True):
         ("ENCODER_WEIGHTS", weights or cfg.ENCODER_WEIGHTS in given, "imagenet, none, or a file"),
         *((name, getattr(cfg, name) in c, " or ".join(c)) for name, c in choices.items()),
         ("DEVICE", cfg.DEVICE in devices, " or ".join(devices)),
-        ("TTA_FLIPS", FLIPS.get(cfg.FLIP_AXES) or not cfg.TTA_FLIPS, unmirrored),
+        (
+            "TTA_FLIPS",
+            cfg.TTA_FLIPS == "none" or FLIPS.get(cfg.FLIP_AXES),
+            "none without FLIP_AXES",
+        ),
         ("FOLDS", cfg.FOLDS == 0 or 2 <= cfg.FOLDS <= 1000, "2 to 1000, or 0"),
         ("FOLD", min(cfg.FOLDS, 1) <= cfg.FOLD <= cfg.FOLDS, fold),
         ("PIX_DIM", not any(cfg.PIX_DIM) or sides == cfg.PIX_DIM, "0.1 to 20, or 0 0 0"),
@@ -1778,10 +1784,12 @@ def network_input(image, device, cfg):
 
 
 @torch.inference_mode()
-def predict_logits(model, image, cfg):
+def predict_logits(model, image, cfg, overlap, mirrored=()):
     """Return the logits (1, 1, H, W, D) float32 of a volume (1, H, W, D), both on the working grid.
 
     Windows overlap and are blended with Gaussian weights; a volume smaller than one is padded.
+    Along the axes `mirrored` every other window is mirrored, so that at an overlap of 0.5 a voxel
+    is seen both ways in one pass; these windows have even distances and flatter weights.
     """
     model.eval()
     device = place = next(model.parameters()).device
@@ -1790,13 +1798,26 @@ def predict_logits(model, image, cfg):
         large = 48 * image.numel() > torch.cuda.mem_get_info(device)[0] + idle
         place = torch.device("cpu") if large else device
 
-    def predict_windows(windows):
+    sides, least = np.array(cfg.IMG_PATCH_SIZE), (1 - overlap) * np.array(cfg.IMG_PATCH_SIZE)
+    beyond = np.maximum(image.shape[1:] - sides, 0)
+    steps = np.ceil(beyond / np.maximum(np.ceil(beyond / least), 1)).clip(1)
+
+    def mirror(windows, places):
+        odd = ([np.ceil(p[a + 2].start / steps[a]) % 2 == 1 for a in range(3)] for p in places)
+        axes = ([a + 1 for a in mirrored if of_window[a]] for of_window in odd)
+        return torch.stack([w.flip(own) for w, own in zip(windows, axes, strict=True)])
+
+    def predict_windows(windows, places):
+        windows = mirror(windows, places) if mirrored else windows
         with autocast(device, cfg):
-            return model(network_input(windows, device, cfg)).float()
+            logits = model(network_input(windows, device, cfg)).float()
+        return mirror(logits, places) if mirrored else logits
 
     at_once = cfg.SW_BATCH_SIZE if device.type == "cuda" else 1
     settings = {"roi_size": cfg.IMG_PATCH_SIZE, "sw_batch_size": at_once}
-    settings |= {"overlap": cfg.SW_OVERLAP, "mode": "gaussian"}
+    settings |= {"overlap": overlap, "mode": "gaussian", "with_coord": True}
+    if mirrored:  # MONAI rounds a step down
+        settings |= {"overlap": (1 - (steps + 0.5) / sides).clip(0).tolist(), "sigma_scale": 0.25}
     settings |= {"predictor": predict_windows, "sw_device": device, "device": place}
     return sliding_window_inference(image[None].float().to(place), **settings)
 
@@ -1804,14 +1825,16 @@ def predict_logits(model, image, cfg):
 def predict_prob(model, image, cfg):
     """Return the probability of PVS of a volume (1, H, W, D), of that shape, working grid.
 
-    It is the mean over the models of a ModuleList and, with TTA_FLIPS, the mirrored views.
+    It is the mean over the models of a ModuleList and, with TTA_FLIPS full, the mirrored views.
     """
     models = model if isinstance(model, nn.ModuleList) else [model]
-    known = FLIPS[cfg.FLIP_AXES] if cfg.TTA_FLIPS else ()  # to the network, by its training
+    known = FLIPS[cfg.FLIP_AXES] if cfg.TTA_FLIPS == "full" else ()  # to the network
     views = [[axis + 1 for axis in axes] for axes in FLIPS.values() if {*axes} <= {*known}]
+    mirrored = FLIPS[cfg.FLIP_AXES] if cfg.TTA_FLIPS == "windows" else ()
     total = torch.zeros(())
     for part, axes in itertools.product(models, views):
-        prob = torch.sigmoid(predict_logits(part, image.flip(axes), cfg)[0]).flip(axes)
+        logits = predict_logits(part, image.flip(axes), cfg, cfg.SW_OVERLAP, mirrored)[0]
+        prob = torch.sigmoid(logits).flip(axes)
         total = prob + total.to(prob.device)
     return total / (len(models) * len(views))
 
@@ -1896,6 +1919,8 @@ def restore_config(content, path, cfg, options):
     settings = {field.name: field.default for field in fields(Config)} | PUBLISHED
     for name in saved.keys() - settings.keys():
         log.warning("Warning: %s: passed over, no setting any more: %s", path, name)
+    if isinstance(saved.get("TTA_FLIPS"), bool):  # as it was once
+        saved["TTA_FLIPS"] = "full" if saved["TTA_FLIPS"] else "none"
     saved = convert_all({n: saved.get(n, settings[n]) for n in settings}, problems)
     raise_wrong_settings([f"{path}: {problem}" for problem in problems.values()])
     here, free, asked = names(Output, Machine), names(Data, Output, Decision, Machine), {}
@@ -2077,7 +2102,8 @@ def validate(model, cases, cfg, epoch):
     losses, dices = [], []
     for case in Progress(share(cases), f"epoch {epoch}, validation"):
         entry = load_cached(case)
-        logits, label = predict_logits(model, entry["image"], cfg).cpu(), entry["label"][None]
+        logits = predict_logits(model, entry["image"], cfg, cfg.VAL_OVERLAP).cpu()
+        label = entry["label"][None]
         losses.append(float(loss_function(logits, label.float())))
         check_finite(losses[-1], "validation loss", epoch, [case.name])
         dices.append(calculate_metrics(logits > 0, label)["dice"])

@@ -35,7 +35,7 @@ import train_pvs  # noqa: E402
 COMMON = (  # what makes a run small, the same for all rows
     "--encoder-name efficientnet-b0 --encoder-weights none --encoder-depth 3 --decoder-width 16 "
     "--img-patch-size 64 --batch-size 1 --crops-per-volume 2 --batchnorm-momentum 0.1 "
-    "--head-bias-log-odds --sw-overlap 0.25 --num-workers 1 --save-probabilities"
+    "--head-bias-log-odds --val-overlap 0.25 --num-workers 1 --save-probabilities"
 )
 
 
@@ -53,8 +53,10 @@ BASE, NNUNET = "native", "nnU-Net"
 ROWS = {
     "published": Row("UNet++ on a 1.5 mm grid", "--recipe published"),
     "native": Row("DynUNet on the scans' own grid, as `--recipe native`", "--recipe native"),
-    "one view": Row("native, without mirrored views in the test", "--no-tta-flips", BASE),
-    "no mirroring": Row("native, neither in training nor test", "--flip-axes none --no-tta-flips"),
+    "one view": Row("native, without mirrored views in the test", "--tta-flips none", BASE),
+    "no mirroring": Row(
+        "native, neither in training nor test", "--flip-axes none --tta-flips none"
+    ),
     "all axes": Row("native, mirrored along all three axes", "--flip-axes xyz"),
     "plateau": Row("native with the published schedule of the rate", "--lr-schedule plateau"),
     "lower rate": Row("native with the published learning rate", "--lr 1e-3"),

@@ -317,7 +317,9 @@ def measure_step(bench):
     for name, cfg in recipes.items():
         bench.compare_autocast(f"{name}, {what}", step, cfg, True)
     image, predict = torch.rand(1, *cfg.IMG_PATCH_SIZE), train_pvs.predict_logits
-    works = {name: partial(predict, build_model(cfg), image, cfg) for name, cfg in recipes.items()}
+    works = {
+        name: partial(predict, build_model(cfg), image, cfg, 0.5) for name, cfg in recipes.items()
+    }
     bench.compare("full size, inference of one window, s", works, True)
 
 
@@ -346,7 +348,7 @@ def trained_network(bench):
 def compare_inference(bench, model, cfg, case):
     """Add the rows of a head's inference; of trained weights with the Dice of what they find."""
     entry, whole, found = train_pvs.load_cached(case), uncropped_entry(case, cfg), {}
-    predict = partial(train_pvs.predict_logits, model)
+    predict = partial(train_pvs.predict_logits, model, overlap=cfg.SW_OVERLAP)
 
     def ours():
         found["pipeline"] = predict(entry["image"], cfg)[0].cpu(), entry

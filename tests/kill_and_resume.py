@@ -27,7 +27,7 @@ from conftest import LEARNING, MACHINE, TINY, make_subject, make_subjects, score
 from running import train_pvs
 
 FLAGS = ("--epochs", 4, "--val-every", 2, "--lr", 5e-3, "--test-fraction", 0.5, "--no-amp")
-FLAGS += ("--augmentation", "native", "--flip-axes", "xyz", "--tta-flips")
+FLAGS += ("--augmentation", "native", "--flip-axes", "xyz", "--tta-flips", "windows")
 
 
 def digest(content):

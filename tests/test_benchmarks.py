@@ -64,7 +64,7 @@ def test_accuracy_measures_rows_on_two_scanners_and_does_nothing_twice(accuracie
             assert row[-2:] == [str(result[name]["best_threshold"]), "1"]  # epoch
     places = (folder / "native-1", folder / "one-view-1" / "same")
     views = [json.loads(train_pvs.Run(place).scores.read_text())["config"] for place in places]
-    assert [config["TTA_FLIPS"] for config in views] == [True, False]
+    assert [config["TTA_FLIPS"] for config in views] == ["windows", "none"]
     times = [file.stat().st_mtime_ns for file in files]
     assert accuracy.main(flags) == 0
     assert (work / "table.md").read_text() == text

@@ -124,11 +124,13 @@ FIXED = """--test-fraction 0.3 --val-fraction 0.3 --seed 9 --pix-dim 1 1 0.9 --s
 --encoder-name efficientnet-b1 --decoder-width 3 --encoder-weights imagenet --crops-per-volume 3
 --pos-neg-ratio 1 --batch-size 3 --accumulate-steps 2 --batchnorm-momentum 0.2 --lr 0.5
 --weight-decay 0.1 --grad-clip 3 --lr-factor 0.6 --lr-patience 4 --lr-min 1e-7 --val-every 2
---early-stopping 5 --split other.json --init-from other.pth
+--val-overlap 0.3 --early-stopping 5 --split other.json --init-from other.pth
 --augmentation native --flip-axes x --lr-schedule poly
 --no-head-bias-log-odds"""  # what only another training can change, other than in TINY
 MORE = "--epochs 9 --max-minutes 7 --folds 5 --fold 1"  # other than with --resume
-FREE = "--no-tta-flips --threshold 0.4 --smallest-pvs 2 --no-amp --sw-batch-size 2 --num-workers 0"
+FREE = (
+    "--tta-flips none --threshold 0.4 --smallest-pvs 2 --no-amp --sw-batch-size 2 --num-workers 0"
+)
 
 
 def names_of(flags):
@@ -174,7 +176,9 @@ def test_other_length_under_poly_is_another_run_and_has_to_be_called_so(source, 
 
 def test_views_mirrored_along_axes_that_were_not_trained_are_refused(source, start, tmp_path):
     torch.save(content_of(source, "evaluate"), tmp_path / "copy.pth")
-    refused(start("evaluate", tmp_path / "copy.pth", "--tta-flips"), "TTA_FLIPS: ", "--no-tta-fl")
+    refused(
+        start("evaluate", tmp_path / "copy.pth", "--tta-flips", "full"), "TTA_FLIPS: ", "FLIP_AX"
+    )
 
 
 def test_checkpoint_of_an_earlier_version_is_used_with_published_values(source, start, tmp_path):

@@ -67,7 +67,7 @@ def test_every_field_is_used_beyond_its_check():
 OTHER = {"IMG_PATCH_SIZE": (64, 128, 96), "PIX_DIM": (1.0, 2.0, 0.7), "ENCODER_WEIGHTS": "none"}
 OTHER |= {"INTENSITY_PERCENTILES": (1.0, 99.0), "ENCODER_NAME": "efficientnet-b1", "FOLD": 2}
 OTHER |= {"INIT_FROM": __file__, "SPLIT": __file__, "ENCODER_DEPTH": 4, "FOLDS": 5}
-OTHER |= {"ARCHITECTURE": "dynunet", "DEVICE": "cpu", "AUGMENTATION": "native"}
+OTHER |= {"ARCHITECTURE": "dynunet", "DEVICE": "cpu", "AUGMENTATION": "native", "TTA_FLIPS": "full"}
 OTHER |= {"FLIP_AXES": "xz", "LR_SCHEDULE": "poly"}
 
 
@@ -207,7 +207,7 @@ def test_wrong_setting_is_told_by_its_name_before_anything_is_made(run, tmp_path
     refused(run("--check", *flags), *(f"\n  {name}: " for name in names))
     for flags, told in {  # what does not go together; 3 halvings would leave one voxel of 8
         "--img-patch-size 8 --encoder-depth 3": "IMG_PATCH_SIZE: expected multiples of 8 from 16",
-        "--tta-flips": "TTA_FLIPS: expected False (--no-tta-flips), as it is not trained",
+        "--tta-flips full": "TTA_FLIPS: expected none without FLIP_AXES, got full",
         f"--split {__file__} --folds 5 --fold 1": "SPLIT: expected none together with FOLDS",
         "--folds 5 --fold 6": "FOLD: expected --fold 1 to 5 as well, or all, got 6",
     }.items():

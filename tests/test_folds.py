@@ -134,7 +134,7 @@ def test_several_checkpoints_give_the_mean_of_their_probabilities(folds, tmp_pat
 def test_checkpoints_of_different_networks_are_told_by_what_differs(folds, tmp_path):
     content = torch.load(folds.best[1], weights_only=True)
     content["config"] |= {"DECODER_WIDTH": 3, "PIX_DIM": (1, 1, 2)}
-    content["config"] |= {"TTA_FLIPS": True, "FLIP_AXES": "x"}
+    content["config"] |= {"TTA_FLIPS": True, "FLIP_AXES": "x"}  # as checkpoints once had it
     one, other = folds.best[0], tmp_path / "other.pth"
     torch.save(content, other)
     flags = ["--output-dir", tmp_path / "out", *MACHINE]

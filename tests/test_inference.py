@@ -27,7 +27,7 @@ class Pointwise(nn.Module):
 def test_blended_logits_of_any_shape_are_those_of_the_model_in_float32(tiny_config):
     for shape in ((5, 7, 3), (16, 16, 16), (17, 23, 9), (33, 16, 20)):
         model, image = Pointwise(), torch.rand(1, *shape).half()  # as it lies in the cache
-        logits = train_pvs.predict_logits(model, image, tiny_config(AMP=False))
+        logits = train_pvs.predict_logits(model, image, tiny_config(AMP=False), 0.5)
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, (10 * image.float() - 5)[None], atol=1e-4, rtol=0)
         assert set(model.seen) == {(16, 16, 16)}  # the patch's size, also if it is larger
@@ -215,7 +215,7 @@ def test_probability_is_the_mean_over_mirrored_views_and_models(tiny_config):
     image = torch.rand(1, 16, 16, 16)
     plain, flips, y_only = (
         tiny_config(AMP=False, FLIP_AXES=axes, TTA_FLIPS=tta)
-        for axes, tta in (("xyz", False), ("xyz", True), ("y", True))
+        for axes, tta in (("xyz", "none"), ("xyz", "full"), ("y", "full"))
     )
     x, y, z = torch.meshgrid(*3 * [torch.linspace(-1, 1, 16)], indexing="ij")
     signs = [(a, b, c) for a in (1, -1) for b in (1, -1) for c in (1, -1)]
@@ -231,6 +231,34 @@ def test_probability_is_the_mean_over_mirrored_views_and_models(tiny_config):
     ):
         prob = train_pvs.predict_prob(model, image, cfg)
         torch.testing.assert_close(prob, expected, atol=1e-5, rtol=0)
+
+
+class Recorder(nn.Module):
+    """A model whose logits are the image; it keeps the first and last value of each window."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.weight = [], nn.Parameter(torch.zeros(()))
+
+    def forward(self, image):
+        self.seen += [(int(w.flatten()[0]), int(w.flatten()[-1])) for w in image]
+        return image
+
+
+def test_every_other_window_is_mirrored_along_the_axes_of_the_training(tiny_config):
+    # Voxel (x, y, z) has the value 100 x + z. Of 37 voxels 3 steps of 7, and not 8, 8 and 5, lead
+    # to the last window of 16; of 20 a step of 4. Windows come back to where they were.
+    image = (100.0 * torch.arange(37)[:, None, None] + torch.arange(20)).repeat(1, 1, 16, 1)
+    cfg = tiny_config(AMP=False, FLIP_AXES="xz", TTA_FLIPS="windows", IMG_PATCH_SIZE=(16, 16, 16))
+    model, expected = Recorder(), set()
+    prob = train_pvs.predict_prob(model, image, cfg)
+    torch.testing.assert_close(prob, torch.sigmoid(image))
+    for x, turned in ((0, False), (7, True), (14, False), (21, True)):
+        for z, back in ((0, False), (4, True)):
+            ends = [(x, x + 15)[:: -1 if turned else 1], (z, z + 15)[:: -1 if back else 1]]
+            expected.add(tuple(100 * a + b for a, b in zip(*ends, strict=True)))
+    assert (len(model.seen), set(model.seen)) == (8, expected)
+    assert cfg.SW_OVERLAP == 0.5
 
 
 def test_mask_is_above_the_threshold_without_components_that_are_too_small(tiny_config):

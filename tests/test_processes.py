@@ -14,7 +14,7 @@ import train_pvs
 from conftest import LEARNING, MACHINE, TINY, make_subjects
 from running import call
 
-MIRRORED = ("--flip-axes", "x", "--tta-flips")
+MIRRORED = ("--flip-axes", "x", "--tta-flips", "full")
 SETTINGS = (*LEARNING, "--test-fraction", 0.4, "--val-fraction", 0.4)
 
 
