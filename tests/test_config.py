@@ -68,7 +68,7 @@ OTHER = {"IMG_PATCH_SIZE": (64, 128, 96), "PIX_DIM": (1.0, 2.0, 0.7), "ENCODER_W
 OTHER |= {"INTENSITY_PERCENTILES": (1.0, 99.0), "ENCODER_NAME": "efficientnet-b1", "FOLD": 2}
 OTHER |= {"INIT_FROM": __file__, "SPLIT": __file__, "ENCODER_DEPTH": 4, "FOLDS": 5}
 OTHER |= {"ARCHITECTURE": "dynunet", "DEVICE": "cpu", "AUGMENTATION": "native", "TTA_FLIPS": "full"}
-OTHER |= {"FLIP_AXES": "xz", "LR_SCHEDULE": "poly"}
+OTHER |= {"FLIP_AXES": "xz", "LR_SCHEDULE": "poly", "ENGINE": "openvino"}
 
 
 def test_flag_reaches_its_field_in_its_type():
@@ -177,6 +177,7 @@ WRONG = {  # values that are refused; each by the name of its field, and no othe
     "INTENSITY_PERCENTILES": ["99 1", "5 5", "-1 99", "1 101", "1"],
     "LR": ["nan", "inf", "-1", "0", "1e400", "fast", "", "9" * 5000],
     "EPOCHS": ["ten", "-5", "0", "1.5", "nan", "1" + "0" * 30],
+    "ENGINE": ["tensorrt"],
     "DEVICE": ["", "gpu", "cuda:99", "cuda:x", "cpu:-1", "meta"],
     "ENCODER_NAME": ["no-such-net", "resnet18", "efficientnet-b8", "efficientnet-b0x"],
     **{"TEST_FRACTION": ["1.5", "nan", "0", "1"], "VAL_FRACTION": ["0", "1"]},

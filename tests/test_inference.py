@@ -1,5 +1,7 @@
 """Prediction of whole volumes: sliding windows, the way to the scan's own grid, its files."""
 
+import sys
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -259,6 +261,19 @@ def test_every_other_window_is_mirrored_along_the_axes_of_the_training(tiny_conf
             expected.add(tuple(100 * a + b for a, b in zip(*ends, strict=True)))
     assert (len(model.seen), set(model.seen)) == (8, expected)
     assert cfg.SW_OVERLAP == 0.5
+
+
+@pytest.mark.parametrize("architecture", train_pvs.NETWORKS)
+def test_openvino_gives_the_probabilities_of_torch(tiny_config, architecture):
+    image = torch.rand(1, 20, 40, 32)
+    cfg = tiny_config(AMP=False, ARCHITECTURE=architecture, ENGINE="openvino")
+    model = train_pvs.build_model(cfg)
+    expected = train_pvs.predict_prob(model, image, cfg)
+    compiled = train_pvs.for_inference(model, cfg)
+    assert isinstance(compiled, train_pvs.OpenVINO)
+    assert "openvino_telemetry.main" not in sys.modules  # nothing is told to anybody
+    got = train_pvs.predict_prob(nn.ModuleList([compiled]), image, cfg)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
 def test_mask_is_above_the_threshold_without_components_that_are_too_small(tiny_config):
