@@ -3,7 +3,6 @@
     python benchmarks/speed.py                           all sections, on simulated heads
     python benchmarks/speed.py --only step inference     these; the file's other sections stay
     python benchmarks/speed.py --data-dir ds005595-1.0.0 the same on a data set's first scans
-    python benchmarks/speed.py --only inference --checkpoint best_model.pth   of a trained network
 
 A row compares an A with a B, measured in turn: A, B, A, B. The file is written anew with every row,
 so that a run that is interrupted keeps what it has measured. Other machines' rows in it stay; so do
@@ -33,7 +32,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai import transforms as mt
@@ -323,67 +321,67 @@ def measure_step(bench):
     bench.compare("full size, inference of one window, s", works, True)
 
 
-def uncropped_entry(case, cfg):
-    """Return the working grid of a scan without the crop to the head."""
-    steps = train_pvs.build_transforms(cfg).transforms
-    whole = mt.Compose([step for step in steps if not isinstance(step, mt.CropForegroundd)])
-    with mock.patch.object(train_pvs, "build_transforms", return_value=whole):
-        return train_pvs.to_working_grid({"image": train_pvs.read_volume(case.image)}, cfg)
+def compare_plain(bench, cfg):
+    """Add the row of a head's inference, against the plain one."""
+    model, case, what = (
+        build_model(cfg),
+        prepare_heads(cfg)[-1],
+        f"whole head, {cfg.PIX_DIM[0]:g} mm",
+    )
+    what += f", windows of {cfg.IMG_PATCH_SIZE[0]}^3, overlap {cfg.SW_OVERLAP}, s"
+    image = train_pvs.load_cached(case)["image"]
+    whole = next(iter(plain_loader([case], cfg, training=False)))["image"][0]
+    ours = partial(train_pvs.predict_logits, model, image, cfg, cfg.SW_OVERLAP)
+    bench.compare(what, {"pipeline": ours, "plain": partial(plain_logits, model, whole, cfg)})
 
 
-def trained_network(bench):
-    """Return the checkpoint's network, its Config and a head of which its training knew nothing."""
-    content = train_pvs.read_checkpoint(bench.options.checkpoint)
-    kept = train_pvs.names(train_pvs.Grid, train_pvs.Network)
-    cfg = replace(bench.settings(), **{name: content["config"][name] for name in kept})
-    model = build_model(cfg)
-    model.load_state_dict(content["model"])
-    known = {h for part in ("train", "val") for h in content["sha256"][part].values()}
-    unknown = [case for case in prepare_heads(cfg) if case.sha256 not in known]
-    if not unknown:
-        sys.exit(f"{bench.options.checkpoint}: its training knew the first {HEADS} heads")
-    return model, cfg, unknown[-1]
+def compare_tests(bench):
+    """Add the rows of a head's test by a small network of the recipe native."""
+    small = {"ARCHITECTURE": "dynunet", "ENCODER_DEPTH": 3, "FLIP_AXES": "x", "HEAD_DEPTH": 170.0}
+    cfg = bench.settings(HEAD_MM, TTA_FLIPS="windows", **small)
+    full = replace(cfg, TTA_FLIPS="full")
+    eight, model = replace(full, FLIP_AXES="xyz", HEAD_DEPTH=0.0), build_model(cfg)
+    short, whole = (train_pvs.load_cached(prepare_heads(c)[-1])["image"] for c in (cfg, eight))
 
+    def test(cfg, image=short, model=model):
+        return partial(train_pvs.predict_prob, model, image, cfg)
 
-def compare_inference(bench, model, cfg, case):
-    """Add the rows of a head's inference; of trained weights with the Dice of what they find."""
-    entry, whole, found = train_pvs.load_cached(case), uncropped_entry(case, cfg), {}
-    predict = partial(train_pvs.predict_logits, model, overlap=cfg.SW_OVERLAP)
-
-    def ours():
-        found["pipeline"] = predict(entry["image"], cfg)[0].cpu(), entry
-
-    def plain():
-        found["plain"] = plain_logits(model, whole["image"], cfg)[0].cpu(), whole
-
-    told = f"{cfg.PIX_DIM[0]:g} mm, windows of {cfg.IMG_PATCH_SIZE[0]}^3, overlap {cfg.SW_OVERLAP}"
-    bench.compare(f"whole head, {told}, s", {"pipeline": ours, "plain": plain})
-    if bench.options.checkpoint:
-        label = np.asarray(nib.load(case.label).dataobj) > 0
-        for name, (logits, place) in found.items():
-            pred = train_pvs.to_native_grid(torch.sigmoid(logits), place)[0] > 0.5
-            dice = train_pvs.calculate_metrics(pred, label)["dice"]
-            bench.tell(f"Trained weights, native Dice of {case.name}, {name}: {dice:.4f}.")
-    if cfg.PIX_DIM[0] > HEAD_MM:  # else too long for one ingredient at a time
-        what = f"{cfg.PIX_DIM[0]:g} mm, one thing changed, s"
-        crops = {"cropped to the head": entry["image"], "whole volume": whole["image"]}
-        bench.compare(what, {name: partial(predict, x, cfg) for name, x in crops.items()})
-        bench.compare_layouts(what, partial(predict, entry["image"], cfg))
-        bench.compare_autocast(what, partial(partial, predict, entry["image"]), cfg)
+    what, ours = f"test of a head, {HEAD_MM} mm, small DynUNet, s", "every other window mirrored"
+    bench.compare(what, {ours: test(cfg), "left-right, two passes": test(full)})
+    bench.compare(what, {f"{ours}, 170 mm": test(cfg), "eight passes": test(eight, whole)})
+    if bench.device.type == "cpu":
+        compiled = train_pvs.for_inference(model, replace(cfg, ENGINE="openvino"))
+        bench.compare(what, {"openvino": test(cfg, model=compiled), "torch": test(cfg)})
 
 
 def measure_inference(bench):
-    """Measure a whole head's logits by sliding windows.
+    """Measure a whole head's logits by sliding windows, and the test of one.
 
     Plain is the whole volume in float32, contiguous, with windows of equal weight.
     """
-    if bench.options.checkpoint:
-        networks = [trained_network(bench)]
-    else:
-        grids = map(bench.settings, (1.5, HEAD_MM))
-        networks = [(build_model(cfg), cfg, prepare_heads(cfg)[-1]) for cfg in grids]
-    for network in networks:
-        compare_inference(bench, *network)
+    for spacing in (1.5, HEAD_MM):
+        compare_plain(bench, bench.settings(spacing))
+    compare_tests(bench)
+
+
+def measure_waiting(bench):
+    """Measure what one waits for beside the work: the start, checkpoints of 1 GB."""
+    run, command = train_pvs.Run(Path(bench.options.work) / "waiting"), [sys.executable]
+    start = partial(subprocess.run, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    told, every = [*command, "train_pvs.py", "--help"], [*command, "-c", "import train_pvs"]
+    bench.compare(
+        "start, s", {"--help": partial(start, told), "all imports": partial(start, every)}
+    )
+    model = torch.nn.ModuleList([torch.nn.Linear(4100, 4100) for _ in range(5)])
+    state = train_pvs.TrainState(model, bench.settings(DEVICE="cpu"))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.step()
+    state.progress["history"] = [{"epoch": 1}]
+    case = SimpleNamespace(stripped=0, native_spacing=(1, 1, 1), name="", sha256="", label_sha256=0)
+    save = partial(train_pvs.save_epoch, run, state, {"train": [case]}, True, True)
+    sides = {"copied, for a thread": save, "written": lambda: save()()}  # best and last
+    bench.compare("checkpoints of 1 GB, s", sides, True)
 
 
 def measure_preparation(bench):
@@ -466,6 +464,7 @@ def measure_runs(bench):
 
 
 MEASURES = (measure_epoch, measure_step, measure_inference, measure_preparation, measure_runs)
+MEASURES += (measure_waiting,)
 SECTIONS = {measure.__name__.removeprefix("measure_"): measure for measure in MEASURES}
 
 
@@ -480,7 +479,6 @@ def main(argv=None):
     add("--pairs", type=int, default=3, help="pairs of measurements of a row")
     add("--only", nargs="+", choices=SECTIONS, default=[*SECTIONS], metavar="NAME")
     add("--work", metavar="DIR", help="keep heads and caches there; default: a temporary folder")
-    add("--checkpoint", metavar="FILE", help="trained network for `inference`; default: random")
     add("--device", choices=("cpu", "cuda"), default=("cpu", "cuda")[torch.cuda.is_available()])
     add("--output", metavar="FILE", default="docs/benchmark.md")
     options = parser.parse_args(argv)
