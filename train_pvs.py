@@ -450,10 +450,12 @@ with warnings.catch_warnings():  # timm 0.9.7 imports what is deprecated
     from monai.data import MetaTensor
     from monai.inferers import sliding_window_inference
     from monai.losses import DiceCELoss
+    from monai.losses.cldice import soft_skel
     from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
     from monai.networks.nets import DynUNet
     from scipy import ndimage, stats
     from scipy.spatial.transform import Rotation
+    from sklearn.metrics import cohen_kappa_score
     from sklearn.model_selection import KFold, train_test_split
     from torch import distributed as dist
     from torch import nn
@@ -667,6 +669,28 @@ def write_csv(path, rows):
     write_file(path, buffer.getvalue())
 
 
+def write_tsv(path, columns, rows):
+    """Write a table as BIDS wants it: tabs, n/a for None."""
+    lines = [["n/a" if row[name] is None else str(row[name]) for name in columns] for row in rows]
+    write_file(path, "".join("\t".join(line) + "\n" for line in [columns, *lines]))
+
+
+def join_participants(rows, folders):
+    """Return rows with what the participants.tsv of their data set tells of their subjects."""
+    tables = {}
+    for folder in {*folders}:
+        path = Path(folder) / "participants.tsv"
+        with suppress(FileNotFoundError), open(path, newline="", encoding="utf-8-sig") as file:
+            known = csv.DictReader(file, delimiter="\t")
+            tables[folder] = {row.get("participant_id"): row for row in known}
+    names = list(dict.fromkeys(name for t in tables.values() for row in t.values() for name in row))
+    joined = []
+    for row, folder in zip(rows, folders, strict=True):
+        facts = tables.get(folder, {}).get(row["participant_id"], {})
+        joined.append(row | {n: facts.get(n) for n in names if n and n not in row})
+    return joined
+
+
 def write_torch(path, content):
     """Write tensors and plain values so that `torch.load(path, weights_only=True)` reads them."""
     buffer = io.BytesIO()
@@ -695,7 +719,8 @@ class Run:
 
     def results(self):
         """Return the files of a former run that are there."""
-        patterns = ("multi_plane/sub-*.png", "predictions/sub-*/**/*_label-PVS_desc-*.nii.gz")
+        masks = ("label-PVS_desc-*.nii.gz", "seg-PVS_desc-*.nii.gz", "seg-PVS_desc-*.tsv")
+        patterns = ("multi_plane/sub-*.png", *(f"predictions/sub-*/**/*_{kind}" for kind in masks))
         return [f for p in (*FILES.values(), *patterns) for f in self.folder.glob(p)]
 
     def open(self, name, replaceable, anew=False):
@@ -1771,6 +1796,144 @@ def calculate_boundary_metrics(pred, label, spacing):
     return row | {"one_mask_empty": False}
 
 
+def calculate_cldice(pred, label, rounds=8):
+    """Return the centreline Dice of two masks (Shit et al. 2021, 10.1109/CVPR46437.2021.01629).
+
+    Of the skeleton of each mask the share within the other one, in harmonic mean. The skeletons are
+    MONAI's, soft ones of tubes up to 2 * `rounds` voxels wide: scikit-image's loses tubes of even
+    width, and would be a package more. See EMPTY_MASKS.
+    """
+    if not pred.any() or not label.any():
+        return float(pred.any() == label.any())
+    box = ndimage.find_objects((pred | label).view(np.uint8))[0]
+    masks = [torch.from_numpy(mask[box])[None, None].float() for mask in (pred, label)]
+    masks = [nn.functional.pad(mask, 6 * [2]) for mask in masks]
+    skeletons = [soft_skel(mask, rounds) for mask in masks]
+    shares = [float((s * m).sum() / s.sum()) for s, m in zip(skeletons, masks[::-1], strict=True)]
+    return 2 * shares[0] * shares[1] / max(sum(shares), 1e-9)
+
+
+def calculate_average_precision(prob, label):
+    """Return the area under precision against recall of the voxels; None: no PVS in the label.
+
+    As scikit-learn's average_precision_score, which takes 65 bytes a voxel: the precision where
+    each PVS voxel's probability is the threshold, in the mean.
+    """
+    values, counts = np.unique(prob[label], return_counts=True)
+    if not len(values):
+        return None
+    above = prob.size - np.searchsorted(np.sort(prob, None), values)
+    hits = np.cumsum(counts[::-1])[::-1]
+    return float((counts * hits / above).sum() / counts.sum())
+
+
+# -------------------------------------------------------------------------------------- Single PVS
+
+PVS_COLUMNS = {  # of the tables `.._dseg.tsv`: what they hold, as their sidecar says
+    "index": "number of the PVS in the image of the same name, from the largest on",
+    "name": "PVS and the number",
+    "volume_mm3": "volume of its voxels",
+    "x_mm": "centroid, scanner space, towards the right",
+    "y_mm": "centroid, towards anterior",
+    "z_mm": "centroid, towards superior",
+    "length_mm": "length of the rod whose variance is that along the first principal axis",
+    "width_mm": "diameter of the cylinder of this length and volume",
+    "linearity": "(first - second) / first principal variance: 1 a line, 0 a disc, a ball, a voxel",
+    "orientation_x": "first principal axis, a unit vector that points up; n/a if linearity is 0",
+    "orientation_y": "its anterior part",
+    "orientation_z": "its superior part",
+    "mean_probability": "mean of the predicted probability; n/a in the ground truth",
+    "matched": "whether a voxel lies in a PVS of the other mask; n/a if there is none",
+    "iou": "the largest IoU with a single PVS of the other mask; n/a if there is none",
+}
+
+
+def number_components(mask):
+    """Return the 26-connected components of a mask (X, Y, Z), numbered from the largest on."""
+    components, count = ndimage.label(mask, TOUCHING)
+    order = np.argsort(-np.bincount(components.ravel())[1:], kind="stable")
+    numbers = np.zeros(count + 1, np.uint16 if count < 2**16 else np.int32)
+    numbers[1 + order] = np.arange(1, count + 1)
+    return numbers[components]
+
+
+def measure_components(components, affine, prob=None, other=None):
+    """Return a row of PVS_COLUMNS for each PVS of `number_components`, (X, Y, Z), in mm, RAS.
+
+    A rod of length L has the variance L^2 / 12 along itself. Voxels are boxes, not points: a single
+    one has its own sides as length. Linearity: Westin et al. 2002, 10.1016/S1361-8415(02)00053-1.
+    `prob`: probabilities; `other`: the components of the other mask.
+    """
+    voxels = np.nonzero(components)
+    own, count = components[voxels].astype(int) - 1, int(components.max())
+    places, sides = nib.affines.apply_affine(affine, np.stack(voxels, 1)), affine[:3, :3]
+    sizes = np.bincount(own, minlength=count)
+
+    def mean(values):
+        return np.bincount(own, values, count) / sizes
+
+    centroids = np.stack([mean(axis) for axis in places.T], 1)
+    away = places - centroids[own]
+    spread = np.array([[mean(a * b) for b in away.T] for a in away.T]).transpose(2, 0, 1)
+    variances, axes = np.linalg.eigh(spread + sides @ sides.T / 12)
+    volumes = sizes * abs(np.linalg.det(sides))
+    lengths = np.sqrt(12 * variances[:, 2])
+    linearity = 1 - variances[:, 1] / variances[:, 2]
+    axis = axes[:, :, 2] * np.where(axes[:, 2:, 2] < 0, -1, 1)
+    axis[linearity < 1e-6] = np.nan
+    widths = np.sqrt(4 * volumes / (np.pi * lengths))
+    shape = np.column_stack([volumes, centroids, lengths, widths, linearity.round(6), axis])
+    means = mean(prob[voxels]) if prob is not None else np.full(count, np.nan)
+    iou = np.full(count, np.nan)
+    if other is not None:
+        pairs = np.stack([own, other[voxels]])[:, other[voxels] > 0]
+        (ids, theirs), hits = np.unique(pairs, axis=1, return_counts=True)
+        iou[:] = 0
+        unions = sizes[ids] + np.bincount(other.ravel())[theirs] - hits
+        np.maximum.at(iou, ids, hits / unions)
+    rows = []
+    for number, numbers in enumerate(np.column_stack([shape, means]), 1):
+        share = iou[number - 1]
+        known = [None if np.isnan(value) else float(f"{value:.5g}") for value in (*numbers, share)]
+        matched = None if np.isnan(share) else share > 0
+        values = number, f"PVS {number}", *known[:-1], matched, known[-1]
+        rows.append(dict(zip(PVS_COLUMNS, values, strict=True)))
+    return rows
+
+
+RATING = ("section_count", "grade", "section_side", "section_z_mm")
+GRADES = (0, 10, 20, 40)  # the most PVS of the grades 0 to 3; 4 is above (Potter et al. 2015)
+
+
+def middle_of_head(entry):
+    """Return the middle of the head's box, (3,) in mm."""
+    ends = (np.array(entry["image"].shape[1:]) - 1) / 2
+    return nib.affines.apply_affine(entry["affine"].numpy(), ends)
+
+
+def rate_busiest_section(mask, affine, middle):
+    """Return (most PVS on an axial section of one hemisphere, its grade 0 to 4, side, its z in mm).
+
+    PVS are the parts of a section that touch, also at corners. The sagittal plane through `middle`,
+    a point (3,) in mm, parts the hemispheres. It is the whole section, at the scan's own slice
+    thickness, of no region: not the rating of basal ganglia or centrum semiovale (Potter et al.
+    2015, 10.1159/000375153), whose grades it takes.
+    """
+    turn = nib.io_orientation(affine)
+    mask = nib.apply_orientation(mask, turn)
+    affine = affine @ nib.orientations.inv_ornt_aff(turn, mask.shape)
+    cut = np.clip(round(np.linalg.solve(affine, [*middle, 1])[0] + 0.5), 0, len(mask))
+    most = (0, 0, "n/a", None)
+    for side, half in {"left": mask[:cut], "right": mask[cut:]}.items():
+        for section in np.flatnonzero(half.any((0, 1))):
+            count = ndimage.label(half[:, :, section], np.ones((3, 3)))[1]
+            z = float((affine @ [*np.divide(mask.shape[:2], 2), section, 1])[2].round(2))
+            most = max(
+                most, (count, int(np.searchsorted(GRADES, count)), side, z), key=lambda m: m[0]
+            )
+    return most
+
+
 # --------------------------------------------------------------------------------------- Inference
 
 
@@ -2319,11 +2482,11 @@ def describe_scans(cases, cfg):
     return {"data_set": data_set_name(cfg), "spacing": own_spacing(cases), "stripped": stripped}
 
 
-def score_case(case, entry, working_pred, pred, label):
+def score_case(case, entry, working_pred, prob, pred, label):
     """Return a case's scores as one flat row; what is summarised of them stands in SCORES.
 
-    `working_pred` (H, W, D) on the working grid; `pred` and `label` (X, Y, Z) on the native grid,
-    the label as its file has it; all bool.
+    `working_pred` (H, W, D) on the working grid; `prob`, `pred` and `label` (X, Y, Z) on the native
+    grid, the label as its file has it; bool but for the probability.
     """
     affine, working_label = entry["native_affine"].numpy(), entry["label"][0].numpy() > 0
     row = {"participant_id": case.subject, "name": case.name}
@@ -2333,7 +2496,13 @@ def score_case(case, entry, working_pred, pred, label):
     row["working_label_voxels"] = int(working_label.sum())
     row["working_pred_voxels"] = int(working_pred.sum())
     row |= {f"native_{name}": score for name, score in calculate_metrics(pred, label).items()}
+    precision = calculate_average_precision(prob, label)
+    row["average_precision"] = float(not pred.any()) if precision is None else precision
+    row["cldice"] = calculate_cldice(pred, label)
     row |= {"roundtrip_dice": case.roundtrip_dice} | calculate_lesion_metrics(pred, label)
+    for side, mask in {"label": label, "pred": pred}.items():
+        rating = rate_busiest_section(mask, affine, middle_of_head(entry))
+        row |= {f"{name}_{side}": value for name, value in zip(RATING, rating, strict=True)}
     row |= {"volume_ml_label": volume_ml(label, affine), "volume_ml_pred": volume_ml(pred, affine)}
     for burden in ("count", "volume_ml"):
         true, error = row[f"{burden}_label"], row[f"{burden}_pred"] - row[f"{burden}_label"]
@@ -2350,6 +2519,8 @@ SCORES = (
     *((name, f"working {name}", title) for name, title in METRICS.items()),
     ("native_dice", "native dice", "native Dice"),
     *((f"native_{name}", f"native {name}", "") for name in ("iou", "precision", "recall")),
+    ("average_precision", "native average_precision", ""),
+    ("cldice", "native cldice", ""),
     ("roundtrip_dice", "roundtrip dice", "round trip"),
     *((f"lesion_{name}_{rule}", f"lesions {rule} {name}", "") for rule, name in FOUND),
     *((f"{name}_{kind}", f"burden {name} {kind}", "") for name, kind in BURDEN),
@@ -2375,6 +2546,15 @@ def summarise_all(rows, cfg):
     for name in ("count", "volume_ml"):
         sides = ([row[f"{name}_{side}"] for row in rows] for side in ("label", "pred"))
         blocks["burden"][name] |= agreement(*sides)
+    grades = [[row[f"grade_{side}"] for row in rows] for side in ("label", "pred")]
+    blocks["rating"] = {
+        "grid": "axial sections of each scan",
+        "n": len(rows),
+        "weighted_kappa": None,
+    }
+    if len({*itertools.chain(*grades)}) > 1 and len(rows) >= 3:
+        kappa = float(cohen_kappa_score(*grades, weights="quadratic"))
+        blocks["rating"]["weighted_kappa"] = kappa
     blocks["boundary"]["one_mask_empty"] = sum(row["one_mask_empty"] for row in rows)
     lesions = blocks["lesions"]
     lesions["connectivity"] = 26
@@ -2447,7 +2627,7 @@ def write_test_metrics(paths, rows, origin, cfg):
     write_json(
         paths[0], content | {"empty_masks": EMPTY_MASKS, **blocks, "subjects": rows} | origin
     )
-    write_csv(paths[1], rows)
+    write_csv(paths[1], join_participants(rows, len(rows) * [cfg.DATA_DIR]))
     return blocks
 
 
@@ -2520,14 +2700,27 @@ def write_nifti(path, volume, scan_path):
     write_file(path, gzip.compress(nifti.to_bytes(), 4, mtime=0))
 
 
-def write_prediction(run, case, pred, prob, cfg):
-    """Write a mask, native grid, into the BIDS derivative `predictions`; return its path."""
+def write_prediction(run, case, affine, pred, prob, cfg, label=None):
+    """Write a mask, native grid, into the BIDS derivative `predictions`; return its path.
+
+    Beside it its PVS, numbered, and the table of them; of the `label`, where there is one, too.
+    """
     sessions = re.findall(r"_(ses-[^_]+)", case.name)
     folder = Path(run.predictions, case.subject, *sessions[:1], "anat")
     name = f"{case.name}_label-PVS_desc-{NETWORKS[cfg.ARCHITECTURE][1]}"
     if cfg.SAVE_PROBABILITIES:
         write_nifti(folder / f"{name}_probseg.nii.gz", prob, case.image)
     write_nifti(folder / f"{name}_mask.nii.gz", pred.astype(np.uint8), case.image)
+    numbered, true = (m if m is None else number_components(m) for m in (pred, label))
+    numbers = folder / name.replace("_label-", "_seg-")  # BIDS has it so
+    write_nifti(f"{numbers}_dseg.nii.gz", numbered, case.image)
+    rows = measure_components(numbered, affine, prob, true)
+    write_tsv(f"{numbers}_dseg.tsv", PVS_COLUMNS, rows)
+    if label is not None:
+        manual = folder / f"{case.name}_seg-PVS_desc-manual_dseg"
+        write_nifti(f"{manual}.nii.gz", true, case.image)
+        rows = measure_components(true, affine, other=numbered)
+        write_tsv(f"{manual}.tsv", PVS_COLUMNS, rows)
     return folder / f"{name}_mask.nii.gz"
 
 
@@ -2556,6 +2749,8 @@ def write_description(run, scans, made):
     content["SourceDatasets"] = [{"URL": source} for source in sorted(sources)]
     content["DatasetType"] = "derivative"
     write_json(run.description, content)
+    columns = {name: {"Description": text} for name, text in PVS_COLUMNS.items()}
+    write_json(run.predictions / "seg-PVS_dseg.json", columns)
 
 
 # ----------------------------------------------------------------------------------------- Figures
@@ -2858,7 +3053,8 @@ def segment_scan(run, model, case, contents, cfg):
     warn_of_doubts(case, entry, cautions, contents)
     prob, affine = predict_case(model, entry, cfg)[1], entry["native_affine"].numpy()
     pred = decide(prob, affine, cfg)
-    mask = write_prediction(run, case, pred, prob, cfg)
+    mask = write_prediction(run, case, affine, pred, prob, cfg)
+    rating = rate_busiest_section(pred, affine, middle_of_head(entry))
     count, volume = ndimage.label(pred, TOUCHING)[1], volume_ml(pred, affine)
     title = f"{case.name}: {count} PVS, {volume:.3f} ml predicted\nnative grid, "
     title += f"{spacing_words(ras_spacing(affine))}\npredicted on the {describe_grid(cfg)}"
@@ -2866,7 +3062,7 @@ def segment_scan(run, model, case, contents, cfg):
     draw_case(run, case, np.asarray(image[0]), affine, {"prediction": pred}, title)
     found, every = hash_voxels(image), [content for _, content in contents]
     seen = [part for part in ("train", "val", "test") if found in seen_hashes(every, part)]
-    row = case.subject, case.name, count, volume, "".join(seen[:1]), training_set(contents)
+    row = case.subject, case.name, count, volume, *rating, "".join(seen[:1]), training_set(contents)
     row += (float(np.mean([content["history_row"]["val_dice"] or 0 for content in every])),)
     row += case.image, hash_file(case.image), os.path.relpath(mask, run.logs)
     return dict(zip(PREDICTED, row, strict=True))
@@ -2879,7 +3075,7 @@ def training_set(contents):
     return ", ".join(sorted(sets))
 
 
-PREDICTED = ("participant_id", "name", "count", "volume_ml", "seen_in", "trained_on")
+PREDICTED = ("participant_id", "name", "count", "volume_ml", *RATING, "seen_in", "trained_on")
 PREDICTED += ("validation_dice", "scan", "scan_sha256", "mask")  # columns of participants_pvs.csv
 
 
@@ -2914,6 +3110,15 @@ def read_done(run, cases, made, cfg):
     return rows
 
 
+def write_burden(run, rows):
+    """Write the table of predicted scans, with what their data sets tell of the participants."""
+    folders = []
+    for row in rows:
+        above = [p for p in Path(row["scan"]).parents if (p / "participants.tsv").exists()]
+        folders.append(str((above or [run.folder])[0]))
+    write_csv(run.burden, join_participants(rows, folders))
+
+
 def predict_scans(run, model, cases, contents, rows, cfg):
     """Segment scans one at a time; return the exit status, 1 where one could not be done.
 
@@ -2928,7 +3133,7 @@ def predict_scans(run, model, cases, contents, rows, cfg):
     for case in Progress(waiting, "predicting"):
         try:
             row = rows[case.name] = segment_scan(run, model, case, contents, cfg)
-            write_csv(run.burden, [*rows.values()])
+            write_burden(run, [*rows.values()])
             log.info("%(name)s: %(count)d PVS, %(volume_ml).3f ml", row)
         except ValueError as error:
             named = case.image in str(error)
@@ -3086,8 +3291,8 @@ def evaluate(run, model, cases, contents, cfg):
         affine = entry["native_affine"].numpy()
         pred = decide(prob, affine, cfg)
         working_pred = decide(working_prob, entry["affine"].numpy(), cfg)
-        write_prediction(run, case, pred, prob, cfg)
-        rows.append(score_case(case, entry, working_pred, pred, label))
+        write_prediction(run, case, affine, pred, prob, cfg, label)
+        rows.append(score_case(case, entry, working_pred, prob, pred, label))
         masks = {"ground truth": label, "prediction": pred}
         title = describe_scores(rows[-1], affine, cfg)
         cuts.append(draw_case(run, case, image, affine, masks, title))

@@ -94,8 +94,9 @@ CASE = train_pvs.Case("sub-7", "sub-7_ses-1", "scan.nii", roundtrip_dice=0.75)
 
 def score(working_label, working_pred, pred, label):
     entry = {"label": torch.from_numpy(working_label.astype(np.uint8))[None]}
-    entry["native_affine"] = torch.from_numpy(AFFINE)
-    row = train_pvs.score_case(CASE, entry, working_pred, pred, label)
+    entry |= {"native_affine": torch.from_numpy(AFFINE), "affine": torch.from_numpy(AFFINE)}
+    entry["image"] = entry["label"]
+    row = train_pvs.score_case(CASE, entry, working_pred, 0.5 + 0.3 * pred, pred, label)
     json.dumps(row, allow_nan=False)  # plain numbers
     return row
 
@@ -136,7 +137,13 @@ def test_scores_of_a_hand_worked_case():
     expected |= {"volume_ml_error_percent": 25, "one_mask_empty": False}
     expected |= {name: surfaces[name] for name in ("nsd_voxel", "nsd_1mm")}
     expected |= {"hd95_mm": 0.5 + 0.85 * (far - 0.5)}
-    assert score(working_label, working_pred, pred, label) == pytest.approx(expected)
+    # 2 of the 5 voxels above are right; all 160 are not below: (2 * 2/5 + 2 * 4/160) / 4.
+    expected |= {"average_precision": 0.2125, "cldice": 4 / 9}
+    for side in ("label", "pred"):
+        expected |= {f"section_count_{side}": 1, f"grade_{side}": 1}
+    row = score(working_label, working_pred, pred, label)
+    row = {k: v for k, v in row.items() if not k.startswith(("section_side", "section_z"))}
+    assert row == pytest.approx(expected)
 
 
 def test_scores_where_a_mask_is_empty():

@@ -28,17 +28,20 @@ TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
 
 def test_run_writes_its_files_and_no_others_and_logs_what_the_screen_showed(finished):
     mask = "predictions/{0}/anat/{0}_label-PVS_desc-unetpp_mask.nii.gz"
+    tables = [f"predictions/{{0}}/anat/{{0}}_seg-PVS_desc-{name}_dseg.{kind}"
+              for name in ("unetpp", "manual") for kind in ("nii.gz", "tsv")]  # fmt: skip
     tested = finished.split["test"]
     assert tested == [row["participant_id"] for row in finished.scores["subjects"]]
     assert len(tested) == 2
     found = [name for name in snapshot(finished.out) if not name.startswith("cache/")]
     assert set(found) - {"logs/participants_pvs.csv"} == {
-        *(mask.format(subject) for subject in tested),
+        *(file.format(subject) for subject in tested for file in (mask, *tables)),
         *(f"multi_plane/{subject}.png" for subject in tested),
         *("checkpoints/best_model.pth", "checkpoints/last.pth", "training_curves.jpg"),
         *("logs/.lock", "logs/train.log", "logs/training_history.json", "logs/split.json"),
         *("logs/comprehensive_test_metrics.json", "logs/test_metrics.csv", "agreement.jpg"),
-        *("predictions/dataset_description.json", "test_set_visualization_grid_300dpi.jpg"),
+        *("predictions/dataset_description.json", "predictions/seg-PVS_dseg.json"),
+        *("test_set_visualization_grid_300dpi.jpg",),
     }
     assert len(list((finished.out / "cache").iterdir())) == 6  # one a scan
     starts = {".png": b"\x89PNG", ".jpg": b"\xff\xd8\xff"}
@@ -62,7 +65,7 @@ def test_files_hold_the_documented_keys(finished):
     assert set(finished.scores) == {
         *(f"{name}_{kind}" for name in four for kind in ("mean", "std")),
         *("data_set", "grid", "n", "empty_masks", "subjects", "config", "versions"),
-        *("working", "native", "roundtrip", "lesions", "burden", "boundary"),
+        *("working", "native", "roundtrip", "lesions", "burden", "boundary", "rating"),
         *("checkpoint", "device", "date"),
     }
     for row in finished.scores["subjects"]:
@@ -74,6 +77,8 @@ def test_files_hold_the_documented_keys(finished):
             *(f"lesion_{n}_{rule}" for n in ("sensitivity", "precision", "f1") for rule in rules),
             *("volume_ml_label", "volume_ml_pred", "volume_ml_error", "volume_ml_error_percent"),
             *("nsd_voxel", "nsd_1mm", "hd95_mm", "one_mask_empty"),
+            *("average_precision", "cldice"),
+            *(f"{name}_{side}" for name in train_pvs.RATING for side in ("label", "pred")),
         }
     assert set(finished.scores["native"]["dice"]) == summary
     assert set(finished.scores["lesions"]["any"]["f1"]) == summary
@@ -275,7 +280,7 @@ def test_native_recipe_runs_with_its_own_network_and_grid(data, run, no_figures,
     assert "Network         DynUNet, 4 levels, 4 channels at full resolution" in out
     assert "Grid            working grid, RAS, 1 x 1 x 1 mm" in out
     predictions = tmp_path / "out" / "predictions"
-    (mask,) = predictions.rglob("*.nii.gz")
+    (mask,) = predictions.rglob("*_mask.nii.gz")
     assert mask.name.endswith("_label-PVS_desc-dynunet_mask.nii.gz")
     assert "DynUNet" in (predictions / "dataset_description.json").read_text()
     before = scores(tmp_path / "out")["subjects"]
