@@ -51,6 +51,11 @@ from pathlib import Path
 
 import numpy as np
 
+VERSION = "2.0"
+SCRIPT_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[
+    :12
+]  # of an edited one another
+
 # ------------------------------------------------------------------------------------------ Config
 # Edit any value here, or give it as a flag: `BATCH_SIZE` is `--batch-size`. Comments are its help.
 # A group says who may change its settings later; a setting of your own is one more line in one.
@@ -272,6 +277,8 @@ def build_parser():
         require(False, f"{message}{like or ''}; see --help")
 
     parser.error = fail
+    told = f"train_pvs.py {VERSION}, SHA-256 {SCRIPT_HASH}"
+    parser.add_argument("--version", action="version", version=told, help="print it and stop")
     command, recipe = (parser.add_mutually_exclusive_group() for _ in range(2))
     switch, files = {"action": "store_true"}, {"nargs": "+", "metavar": "FILE"}
     for group, flag, kind, text in (
@@ -2063,7 +2070,8 @@ def package_versions():
     """Return the versions of Python and of the packages that make the numbers."""
     packages = ("torch", "monai", "segmentation_models_pytorch_3d", "numpy", "scipy", "nibabel")
     versions = {name: importlib.metadata.version(name) for name in (*packages, "scikit-learn")}
-    return {"python": sys.version.split()[0]} | versions
+    own = {"train_pvs": f"{VERSION}, SHA-256 {SCRIPT_HASH}", "python": sys.version.split()[0]}
+    return own | versions
 
 
 def describe_origin(cfg):
@@ -2272,7 +2280,8 @@ def train_one_epoch(model, state, loader, epoch):
     losses, seen, counts = [], [], np.zeros(2, dtype=np.int64)  # voxels: hits, found + true
     seeds = [cfg.SEED, epoch, process_number("RANK")]
     torch.manual_seed(np.random.SeedSequence(seeds).generate_state(1)[0].item())
-    for step, batch in enumerate(Progress(loader, f"epoch {epoch}, training")):
+    progress = Progress(loader, f"epoch {epoch}, training")
+    for step, batch in enumerate(progress):
         state.set_rate(step / len(loader))
         label = batch["label"].to(device, non_blocking=True)
         with autocast(device, cfg):
@@ -2283,6 +2292,7 @@ def train_one_epoch(model, state, loader, epoch):
         seen = batch["name"] + (seen if place else [])
         state.scaler.scale(loss / group).backward()
         losses.append(float(loss.detach()))
+        progress.set_postfix(loss=f"{np.mean(losses):.4f}", refresh=False)
         check_finite(losses[-1], "loss", epoch, batch["name"])
         if place + 1 == group:
             check_finite(state.step(), "gradient", epoch, seen)

@@ -58,6 +58,7 @@ def test_checkpoints_tell_their_origin(source):
         assert (content["config"]["DECODER_WIDTH"], content["config"]["PIX_DIM"]) == (2, (1, 1, 1))
         assert content["working_grid"] == {"orientation": "RAS", "spacing_mm": (1, 1, 1)}
         assert content["versions"]["torch"] == torch.__version__.split("+")[0]
+        assert content["versions"]["train_pvs"].endswith(f"SHA-256 {train_pvs.SCRIPT_HASH}")
         assert content["versions"]["arithmetic"] in ("torch.float32", "torch.bfloat16")
         history = json.loads((source / "out/logs/training_history.json").read_text())
         assert content["history_row"] == history[0]
