@@ -105,7 +105,7 @@ class Grid(Settings):
 
     PIX_DIM: tuple = (1.5, 1.5, 1.5)  # spacing, mm; 0 0 0: the training scans' own, their median
     SPACING_TOLERANCE: float = 0.0  # fraction; spacings that differ less from PIX_DIM are kept
-    HEAD_DEPTH: float = 0.0  # mm below the head's top that are kept, so no neck; 0: all
+    HEAD_DEPTH: float = 0.0  # mm below the head's top, as its header has it, that are kept; 0: all
     INTENSITY_PERCENTILES: tuple = (0.5, 99.5)  # of the voxels in the head, taken to 0 and 1
     IMG_PATCH_SIZE: tuple = (96, 96, 96)  # voxels; multiples of 2**ENCODER_DEPTH, twice it at least
     SW_OVERLAP: float = 0.5  # of neighbouring windows, fraction of the patch
@@ -205,7 +205,7 @@ RECIPES = {  # named sets of flags, chosen with --recipe; one of your own is one
     "demo": "--test-fraction 0.25 --val-fraction 0.16 --pix-dim 1 --img-patch-size 32 --epochs 18 "
     "--encoder-name efficientnet-b0 --encoder-weights none --encoder-depth 3 --decoder-width 8 "
     "--batchnorm-momentum 0.1 --head-bias-log-odds --batch-size 1 --lr 5e-3 --lr-patience 0 "
-    "--val-every 2 --sw-overlap 0.25 --num-workers 0",
+    "--val-every 2 --sw-overlap 0.25 --val-overlap 0.25 --num-workers 0",
 }
 LIMITS = (  # smallest and largest value of settings
     (1, 10**6, "BATCH_SIZE ACCUMULATE_STEPS SW_BATCH_SIZE DECODER_WIDTH CROPS_PER_VOLUME"),
@@ -441,7 +441,15 @@ def require_data_folder(cfg, options):
     require(there, f"{cfg.DATA_DIR}: no such folder (DATA_DIR)\n{HOW_TO_GET_DATA}")
 
 
+def print_all_letters():
+    """Let the streams print letters that they lack as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # of a notebook, which prints all letters
+            stream.reconfigure(errors="backslashreplace")
+
+
 if __name__ == "__main__" and process_number("WORLD_SIZE") == 1:
+    print_all_letters()
     try:  # --help and what is wrong are told before the imports, which take seconds
         require_data_folder(*parse_command_line(sys.argv[1:]))
     except ValueError as error:
@@ -777,9 +785,7 @@ class Screen(logging.Handler):
 @contextmanager
 def logging_to_screen():
     """Show messages of the first process, and all errors; `Run.open` adds a file."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # of a notebook, which prints all letters
-            stream.reconfigure(errors="backslashreplace")
+    print_all_letters()
     log.setLevel(logging.INFO if first_process() else logging.ERROR)
     log.propagate = logging.raiseExceptions = False  # of a full disk the next file tells
     log.addHandler(Screen())
@@ -1129,6 +1135,12 @@ def ras_spacing(affine):
     return nib.affines.voxel_sizes(affine)[order].round(4).tolist()
 
 
+def working_spacing(spacing, cfg):
+    """Return the sides (mm) on the working grid of a scan with these, both in RAS order, (3,)."""
+    near = np.abs(np.divide(spacing, cfg.PIX_DIM) - 1) <= cfg.SPACING_TOLERANCE
+    return np.where(near, spacing, cfg.PIX_DIM)
+
+
 def spacing_words(spacing):
     """Return a voxel's sides as text, 0.8 x 0.8 x 0.8 mm."""
     return f"{' x '.join(f'{mm:g}' for mm in spacing)} mm"
@@ -1218,7 +1230,7 @@ def keep_head(image, depth):
     head = head_mask(image)
     areas = head[0].sum((0, 1))
     end = 1 + np.flatnonzero(areas >= areas.max() / 10)[-1]
-    if depth:
+    if depth and not head.all():  # where something stands out
         head[..., : max(end - math.ceil(depth / ras_spacing(image.affine.numpy())[2]), 0)] = False
     return head
 
@@ -1359,17 +1371,16 @@ class CutPatches(mt.Randomizable, mt.Transform):
             shape = np.array(volumes[0].shape[1:])  # of which patches reach beyond if smaller
             inside = np.clip(np.unravel_index(place, shape), self.size // 2, shape - self.size // 2)
             centre = np.where(shape < self.size, shape // 2, inside)
-            image, label = self.cut(volumes, centre, self.draw_matrix())
+            image, label = self.cut(volumes, centre, self.draw_matrix(item["spacing"]))
             patches.append({"image": image, "label": label, "name": item["name"]})
         return patches
 
-    def draw_matrix(self):
+    def draw_matrix(self, spacing):
         """Return a random rotation and scaling of voxels, (3, 3); None: neither was drawn."""
         turned, scaled = self.R.random(2) < 0.2
         angles = self.R.uniform(-15, 15, 3) * turned
         scale = self.R.uniform(0.8, 1.25) if scaled else 1
         turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() / scale
-        spacing = np.array(self.cfg.PIX_DIM)
         return turn * spacing / spacing[:, None] if turned or scaled else None
 
     def cut(self, volumes, centre, matrix):
@@ -1500,7 +1511,8 @@ def check_free_disk(cases, cfg):
             if not cache_path(case, cfg).exists():
                 volume, shape = read_header(case.image)
                 mm3 = math.prod(shape) * abs(np.linalg.det(volume.affine[:3, :3]))
-                needed += 2.2 * mm3 / math.prod(cfg.PIX_DIM)  # bytes: 3.2 in the head's box
+                spacing = working_spacing(ras_spacing(volume.affine), cfg)
+                needed += 2.2 * mm3 / math.prod(spacing)  # bytes: 3.2 in the head's box
     free = free_disk(folder)
     told = f"the cache takes some {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; free some, "
     require(needed <= free, f"{folder}: {told}or choose another folder with --cache-dir")
@@ -1543,7 +1555,9 @@ def log_grids(cases, cfg):
     log.info("Round trip      %s: native Dice of masks to the working grid and back", numbers)
     for case in cases:
         warn_if_far(case.image, case.native_spacing, usual, "")
-    coarser = np.maximum(np.divide(cfg.PIX_DIM, usual), 1).prod()  # finer elsewhere gains nothing
+    coarser = np.maximum(
+        working_spacing(usual, cfg) / usual, 1
+    ).prod()  # finer elsewhere gains nothing
     if coarser > 1.01:
         told = "Warning: the working grid is coarser than the scans, %.1f times in voxel volume. "
         told += "What that costs thin PVS is told by Round trip; --pix-dim %s avoids it."
@@ -1570,6 +1584,7 @@ class TrainingPatches(Dataset):
         shape = item["image"].shape[1:]
         if self.cfg.AUGMENTATION == "native":
             item["background"] = entry["head"]
+            item["spacing"] = nib.affines.voxel_sizes(entry["affine"].numpy())
         elif np.less(shape, size).any():  # pad to the patch, and move the centres
             item |= {key: mt.SpatialPad(size)(item[key]) for key in BOTH}
             padded = item["image"].shape[1:]
@@ -1990,8 +2005,9 @@ def predict_logits(model, image, cfg, overlap, mirrored=()):
     """Return the logits (1, 1, H, W, D) float32 of a volume (1, H, W, D), both on the working grid.
 
     Windows overlap and are blended with Gaussian weights; a volume smaller than one is padded.
-    Along the axes `mirrored` every other window is mirrored, so that at an overlap of 0.5 a voxel
-    is seen both ways in one pass; these windows have even distances and flatter weights.
+    Along the axes `mirrored` every other window is mirrored, so that at an overlap of 0.5 all but
+    the outer voxels, half a window on each side, are seen both ways in one pass; these windows have
+    even distances and flatter weights.
     """
     model.eval()
     device = place = next(model.parameters()).device
@@ -2027,12 +2043,15 @@ def predict_logits(model, image, cfg, overlap, mirrored=()):
 def predict_prob(model, image, cfg):
     """Return the probability of PVS of a volume (1, H, W, D), of that shape, working grid.
 
-    It is the mean over the models of a ModuleList and, with TTA_FLIPS full, the mirrored views.
+    It is the mean over the models of a ModuleList and, with TTA_FLIPS full, the mirrored views. An
+    axis of a single window, which has no other one to mirror, has these with TTA_FLIPS windows too.
     """
     models = model if isinstance(model, nn.ModuleList) else [model]
-    known = FLIPS[cfg.FLIP_AXES] if cfg.TTA_FLIPS == "full" else ()  # to the network
-    views = [[axis + 1 for axis in axes] for axes in FLIPS.values() if {*axes} <= {*known}]
-    mirrored = FLIPS[cfg.FLIP_AXES] if cfg.TTA_FLIPS == "windows" else ()
+    known = FLIPS[cfg.FLIP_AXES] if cfg.TTA_FLIPS != "none" else ()  # to the network
+    several = [axis for axis in known if image.shape[1 + axis] > cfg.IMG_PATCH_SIZE[axis]]
+    mirrored = several if cfg.TTA_FLIPS == "windows" else ()
+    whole = {*known} - {*mirrored}
+    views = [[axis + 1 for axis in axes] for axes in FLIPS.values() if {*axes} <= whole]
     total = torch.zeros(())
     for part, axes in itertools.product(models, views):
         logits = predict_logits(part, image.flip(axes), cfg, cfg.SW_OVERLAP, mirrored)[0]
@@ -2112,6 +2131,15 @@ def list_differences(one, two, compared):
     return sorted(name for name in {*compared} - unused if one[name] != two[name])
 
 
+def settings_of(saved, problems):
+    """Return the settings that a file holds; those that it lacks are as they were before it."""
+    settings = {field.name: field.default for field in fields(Config)} | PUBLISHED
+    settings["VAL_OVERLAP"] = saved.get("SW_OVERLAP", Config.VAL_OVERLAP)
+    if isinstance(saved.get("TTA_FLIPS"), bool):
+        saved = saved | {"TTA_FLIPS": "full" if saved["TTA_FLIPS"] else "none"}
+    return convert_all({n: saved.get(n, settings[n]) for n in settings}, problems)
+
+
 def restore_config(content, path, cfg, options):
     """Return the Config of a checkpoint, with what this command may say otherwise.
 
@@ -2119,12 +2147,9 @@ def restore_config(content, path, cfg, options):
     and into this folder. What only another training could change is refused by name.
     """
     saved, problems = content["config"], {}
-    settings = {field.name: field.default for field in fields(Config)} | PUBLISHED
-    for name in saved.keys() - settings.keys():
+    for name in saved.keys() - names(Config):
         log.warning("Warning: %s: passed over, no setting any more: %s", path, name)
-    if isinstance(saved.get("TTA_FLIPS"), bool):  # as it was once
-        saved["TTA_FLIPS"] = "full" if saved["TTA_FLIPS"] else "none"
-    saved = convert_all({n: saved.get(n, settings[n]) for n in settings}, problems)
+    saved = settings_of(saved, problems)
     raise_wrong_settings([f"{path}: {problem}" for problem in problems.values()])
     here, free, asked = names(Output, Machine), names(Data, Output, Decision, Machine), {}
     if options.resume:
@@ -2331,12 +2356,11 @@ def fit(run, model, cfg, split, last=None):
         # Some layers of the encoder have no part in the output and get no gradient.
         parallel = nn.parallel.DistributedDataParallel(model, own, find_unused_parameters=True)
     progress, former_best, writing = state.progress, last and last["former_best"], None
-    history = progress["history"]
+    history, ended = progress["history"], stops_early(progress, cfg)
+    if former_best and first_process():  # its validation was out of turn
+        write_torch(run.best, {key: last[key] for key in former_best} if ended else former_best)
     with ThreadPoolExecutor(1) as writer:  # an error leaves when all is written
-        while not stops_early(progress, cfg):
-            if former_best and first_process():
-                write_torch(run.best, former_best)
-            former_best = None
+        while not ended:
             in_turn = not history or (len(history) + 1) % cfg.VAL_EVERY == 0
             row = train_and_validate(parallel, state, loader, split["val"], in_turn)
             history.append(row)
@@ -2351,6 +2375,7 @@ def fit(run, model, cfg, split, last=None):
             if first_process():
                 writing = writer.submit(save_epoch(run, state, split, improved, in_turn))
             log_epoch(history, improved, cfg)
+            ended = stops_early(progress, cfg)
             if row["epoch"] == 50 and progress["best_dice"] == 0 and not improved:
                 log.warning("Warning: validation Dice is still 0; going on. %s", advice(cfg))
         if writing:
@@ -2438,13 +2463,17 @@ def save_epoch(run, state, split, improved, in_turn):
         progress["history"] = [*history[:-1], row]
 
     def write():
-        former_best = read_checkpoint(run.best) if improved and not in_turn else None
-        if improved:
-            write_torch(run.best, content | {"model": parts["model"]})
+        best, late = content | {"model": parts["model"]}, improved and not in_turn
+        last = content | parts | {"progress": progress, "former_best": None}
+        if late:
+            last["former_best"] = read_checkpoint(run.best)
+        elif improved:
+            write_torch(run.best, best)
         write_json(run.history, history)
-        # Last: a run that is killed before goes through the epoch again, and writes it all again.
-        last = content | parts | {"progress": progress, "former_best": former_best}
+        # Late: a run that is killed before goes through the epoch again, and writes it all again.
         write_torch(run.last, last)
+        if late:  # the former best lies in last.pth now
+            write_torch(run.best, best)
 
     return write
 
@@ -2475,7 +2504,8 @@ def advice(cfg):
 
 def describe_grid(cfg):
     """Return the working grid in the words that every table, file and figure shows."""
-    return f"working grid, RAS, {spacing_words(cfg.PIX_DIM)}"
+    near = f", or within {cfg.SPACING_TOLERANCE:.0%} of it" if cfg.SPACING_TOLERANCE else ""
+    return f"working grid, RAS, {spacing_words(cfg.PIX_DIM)}{near}"
 
 
 def data_set_name(cfg):
@@ -2651,7 +2681,7 @@ def pool_folds(run, cfg):
             continue
         content = read_json(scores)
         again = known & {row["name"] for row in content["subjects"]}
-        then = now | convert_all(content["config"], {})
+        then = now | settings_of(content["config"], {})
         other = content["data_set"] != data_set_name(cfg) or list_differences(then, now, alike)
         if again or other:
             log.warning("Warning: left out, of other settings or data: %s", scores)
@@ -2743,8 +2773,8 @@ def describe_prediction(contents, cfg):
             digest.update(weights.contiguous().flatten().view(torch.uint8).numpy())
         digests.append(digest.hexdigest()[:16])
     made = f"{describe_network(cfg)}, weights {' '.join(sorted(digests))}, {describe_grid(cfg)}, "
-    made += f"TTA_FLIPS {cfg.TTA_FLIPS}, AMP {cfg.AMP}; mask where above {cfg.THRESHOLD:g}, "
-    return made + f"without components below {cfg.SMALLEST_PVS:g} mm3"
+    made += f"TTA_FLIPS {cfg.TTA_FLIPS}, AMP {cfg.AMP}, ENGINE {cfg.ENGINE}; mask where above "
+    return made + f"{cfg.THRESHOLD:g}, without components below {cfg.SMALLEST_PVS:g} mm3"
 
 
 def write_description(run, scans, made):
@@ -3267,9 +3297,9 @@ def train(run, model, split, cfg, last):
     load_weights(model, content, run.best)
     told = "Best validation Dice %(val_dice).4f on the working grid, in epoch %(epoch)d"
     log.info(told, content["history_row"])
-    spent = [(row["seconds"], row.get("val_seconds", 0)) for row in read_json(run.history)]
-    whole, validating = np.sum(spent, 0)
-    log.info("Validation took %.0f %% of the time of training", 100 * validating / whole)
+    known = [row for row in read_json(run.history) if "val_seconds" in row]
+    whole, part = (sum(row[key] for row in known) for key in ("seconds", "val_seconds"))
+    log.info("Validation took %.0f %% of the time of training", 100 * part / max(whole, 0.01))
     evaluate(run, for_inference(model, cfg), split["test"], [(run.best, content)], cfg)
     learned = content["history_row"]["val_dice"] > 0
     if not learned and first_process():
@@ -3330,11 +3360,12 @@ def evaluate(run, model, cases, contents, cfg):
 def restore_configs(contents, cfg, options):
     """Return the Config of [(path, checkpoint)] together; of thresholds and sizes the mean."""
     configs = [asdict(restore_config(content, path, cfg, options)) for path, content in contents]
-    one, first = contents[0][0], configs[0]
+    one, first, alike = contents[0][0], configs[0], names(Network, Grid) | {"TTA_FLIPS"}
+    alike |= {"FLIP_AXES"} if first["TTA_FLIPS"] != "none" else set()
     problems = [
         f"{name}: {one} has {first[name]}, {path} has {other[name]}"
         for (path, _), other in zip(contents, configs, strict=True)
-        for name in list_differences(first, other, names(Network, Grid) | {"TTA_FLIPS"})
+        for name in list_differences(first, other, alike)
     ]
     require(not problems, "\n  ".join(["checkpoints that do not go together:", *problems]))
     means = {n: float(np.mean([c[n] for c in configs])) for n in ("THRESHOLD", "SMALLEST_PVS")}
@@ -3381,7 +3412,7 @@ def set_up_trained(cfg, options):
     for path, content in contents:
         model = build_model(cfg, pretrained=False)
         load_weights(model, content, path)
-        models.append(for_inference(model, cfg))
+        models.append(model)
     goes_on = options.predict and not options.overwrite and run.results()
     replaceable = options.overwrite or own or goes_on
     run.open(command.split("-")[0], replaceable, options.overwrite and not own)
@@ -3391,6 +3422,7 @@ def set_up_trained(cfg, options):
         run.clear()  # --overwrite
     log_settings(cfg, options, f"{command}, checkpoint {', '.join(map(str, paths))}")
     log_weights(contents)
+    models = nn.ModuleList(for_inference(model, cfg) for model in models)
     if options.predict:
         log_plan(run, cfg, models, f"{len(cases)} to segment")
         return functools.partial(predict_scans, run, models, cases, contents, done, cfg)

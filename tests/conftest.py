@@ -123,6 +123,7 @@ def prepared_case(path, image, label):
     """Write a volume as caching leaves it, and return its case."""
     label = torch.as_tensor(label, dtype=torch.uint8)
     entry = {"image": torch.as_tensor(image).half()[None], "label": label[None]}
+    entry["affine"] = torch.eye(4)
     kinds = {"foreground": label > 0, "background": label == 0}
     for kind, there in (kinds | {"head": (label == 0) & (entry["image"][0] > 0)}).items():
         entry[kind] = there.flatten().nonzero().flatten().int()

@@ -141,6 +141,11 @@ def test_checkpoints_of_different_networks_are_told_by_what_differs(folds, tmp_p
     scan = image_path(folds.data, "sub-001")
     err = refused(call("--predict", scan, "--checkpoint", one, other, *flags), one, other)
     assert set(re.findall("[A-Z]+_[A-Z]+", err)) == {"DECODER_WIDTH", "PIX_DIM", "TTA_FLIPS"}
+    content["config"] |= {"DECODER_WIDTH": 2, "PIX_DIM": (1, 1, 1), "FLIP_AXES": "y"}
+    for path, axes in ((other, "y"), (tmp_path / "another.pth", "x")):  # one was not mirrored so
+        torch.save(content | {"config": content["config"] | {"FLIP_AXES": axes}}, path)
+    err = refused(call("--predict", scan, "--checkpoint", other, path, *flags), other, path)
+    assert set(re.findall("[A-Z]+_[A-Z]+", err)) == {"FLIP_AXES"}
     assert not (tmp_path / "out").exists()
 
 

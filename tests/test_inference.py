@@ -106,6 +106,7 @@ def test_working_grid_of_the_scans_own_spacing_loses_nothing(grid, tolerance, pr
     cfg = train_pvs.replace(cfg, PIX_DIM=tuple(np.multiply(pix_dim, 1 + 0.9 * tolerance)))
     case, entry = prepare(affine, image, label, cfg)
     assert case.roundtrip_dice == 1.0
+    assert train_pvs.working_spacing(pix_dim, cfg) == pytest.approx(pix_dim)
     assert case.native_spacing == pytest.approx(pix_dim)
     assert case.native_voxels == case.working_voxels == label.sum()
     back = train_pvs.to_native_grid(entry["label"].float(), entry)[0].numpy() > 0.5
@@ -261,6 +262,11 @@ def test_every_other_window_is_mirrored_along_the_axes_of_the_training(tiny_conf
             expected.add(tuple(100 * a + b for a, b in zip(*ends, strict=True)))
     assert (len(model.seen), set(model.seen)) == (8, expected)
     assert cfg.SW_OVERLAP == 0.5
+    # An axis of one window has no other to mirror: the volume is seen both ways.
+    cfg = tiny_config(AMP=False, FLIP_AXES="y", TTA_FLIPS="windows", IMG_PATCH_SIZE=(16, 16, 16))
+    model, image = Recorder(), torch.arange(16.0)[:, None].repeat(1, 16, 1, 16)
+    torch.testing.assert_close(train_pvs.predict_prob(model, image, cfg), torch.sigmoid(image))
+    assert model.seen == [(0, 15), (15, 0)]
 
 
 @pytest.mark.parametrize("architecture", train_pvs.NETWORKS)

@@ -202,13 +202,13 @@ class Scripted(nn.Module):
 def fit(tiny_config, tmp_path):
     """Fit a scripted model to a volume of one window; return the history and the Run."""
 
-    def fit(model, **settings):
+    def fit(model, last=None, **settings):
         label = torch.zeros(16, 16, 16)
         label[4, 4:12, 4:12] = 1
         case = prepared_case(tmp_path / "entry.pt", torch.rand(label.shape), label)
         run, cfg = train_pvs.Run(tmp_path / "out"), tiny_config(AMP=False, **settings)
         with train_pvs.logging_to_screen():
-            train_pvs.fit(run, model, cfg, {"train": [case], "val": [case]})
+            train_pvs.fit(run, model, cfg, {"train": [case], "val": [case]}, last)
         return json.loads(run.history.read_text()), run
 
     return fit
@@ -258,6 +258,29 @@ def test_learning_rate_is_reduced_on_a_plateau_of_the_validation_loss(fit):
     assert min(losses) == losses[1]
     rates = [1e-3, 1e-3, 1e-3, 1e-3, 5e-4, 5e-4, 3e-4]
     assert [row["lr"] for row in history] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("name", ["last.pth", "best_model.pth"])
+def test_late_best_weights_survive_a_full_disk(fit, monkeypatch, tmp_path, name):
+    """The validation of the last epoch, out of turn, finds the best weights."""
+    real, settings = train_pvs.write_torch, {"VAL_EVERY": 3, "EPOCHS": 7}
+
+    def write(path, content):
+        if path.name == name and content["history_row"]["epoch"] == 7:
+            raise OSError("the disk is full")
+        real(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_pvs, "write_torch", write)
+        with pytest.raises(OSError, match="full"):
+            fit(Scripted((9, 9, 9, 30)), **settings)
+    run = train_pvs.Run(tmp_path / "out")
+    found = (30,) if name == "last.pth" else ()  # else the epoch is done
+    fit(Scripted(found), train_pvs.read_checkpoint(run.last), **settings)
+    assert train_pvs.read_checkpoint(run.best)["history_row"]["epoch"] == 7
+    # A run of 9 epochs has not seen that validation.
+    fit(Scripted((9,)), train_pvs.read_checkpoint(run.last), VAL_EVERY=3, EPOCHS=9)
+    assert train_pvs.read_checkpoint(run.best)["history_row"]["epoch"] == 1
 
 
 def test_validation_out_of_turn_chooses_weights_but_moves_neither_schedule_nor_stopping(fit):

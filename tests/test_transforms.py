@@ -238,7 +238,7 @@ def test_native_patches_are_mirrored_turned_in_mm_and_centred_in_the_head(loader
     settings = {"AUGMENTATION": "native", "CROPS_PER_VOLUME": 300, "IMG_PATCH_SIZE": (16, 16, 16)}
     loader = loader_of(image, label, **settings, POS_NEG_RATIO=0.5, FLIP_AXES="xz")
     force(loader.dataset.transforms, mt.RandFlipd)
-    loader.dataset.transforms.transforms[0].draw_matrix = lambda: None
+    loader.dataset.transforms.transforms[0].draw_matrix = lambda spacing: None
     (batch,) = draw(loader, 1)
     middle = batch["image"][:, 0, 7, 8, 7]
     assert (middle > 0).all()
@@ -246,8 +246,9 @@ def test_native_patches_are_mirrored_turned_in_mm_and_centred_in_the_head(loader
     rising = torch.diff(batch["image"][:, 0, 7:10, 8, 7], dim=1)
     assert (rising < 0).any(1).all()  # all mirrored along x
     # 300 draws of 0.2 and 0.2; a voxel of 1 x 1 x 3 mm: turned by mm, lengths in mm are kept.
-    cutter = train_pvs.CutPatches(tiny_config(PIX_DIM=(1.0, 1.0, 3.0))).set_random_state(0)
-    drawn = [matrix for matrix in (cutter.draw_matrix() for _ in range(300)) if matrix is not None]
+    cutter = train_pvs.CutPatches(tiny_config()).set_random_state(0)
+    drawn = [cutter.draw_matrix(np.array((1, 1, 3))) for _ in range(300)]
+    drawn = [matrix for matrix in drawn if matrix is not None]
     assert len(drawn) / 300 == pytest.approx(0.36, abs=0.09)
     for matrix in drawn:
         in_mm = np.diag((1, 1, 3)) @ matrix @ np.diag((1, 1, 1 / 3))
