@@ -52,9 +52,7 @@ from pathlib import Path
 import numpy as np
 
 VERSION = "2.0"
-SCRIPT_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[
-    :12
-]  # of an edited one another
+SCRIPT_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # another if edited
 
 # ------------------------------------------------------------------------------------------ Config
 # Edit any value here, or give it as a flag: `BATCH_SIZE` is `--batch-size`. Comments are its help.
@@ -350,7 +348,7 @@ def check_config(cfg, problems, starts=True):
     choices |= {"LR_SCHEDULE": ("plateau", "poly"), "AUGMENTATION": ("published", "native")}
     patch = [side >= 2 * divisor and side % divisor == 0 for side in cfg.IMG_PATCH_SIZE]
     low, high = cfg.INTENSITY_PERCENTILES
-    choices["TTA_FLIPS"] = ("none", "windows", "full")
+    choices["TTA_FLIPS"], unmirrored = ("none", "windows", "full"), cfg.TTA_FLIPS == "none"
     choices["ENGINE"] = ["torch", *["openvino"] * bool(importlib.util.find_spec("openvino"))]
     sides = tuple(np.clip(cfg.PIX_DIM, SMALLEST_SIDE, LARGEST_SIDE))
     output, data = map(os.path.realpath, (cfg.OUTPUT_DIR, cfg.DATA_DIR))
@@ -367,11 +365,7 @@ def check_config(cfg, problems, starts=True):
         ("ENCODER_WEIGHTS", weights or cfg.ENCODER_WEIGHTS in given, "imagenet, none, or a file"),
         *((name, getattr(cfg, name) in c, " or ".join(c)) for name, c in choices.items()),
         ("DEVICE", cfg.DEVICE in devices, " or ".join(devices)),
-        (
-            "TTA_FLIPS",
-            cfg.TTA_FLIPS == "none" or FLIPS.get(cfg.FLIP_AXES),
-            "none without FLIP_AXES",
-        ),
+        ("TTA_FLIPS", unmirrored or FLIPS.get(cfg.FLIP_AXES), "none without FLIP_AXES"),
         ("FOLDS", cfg.FOLDS == 0 or 2 <= cfg.FOLDS <= 1000, "2 to 1000, or 0"),
         ("FOLD", min(cfg.FOLDS, 1) <= cfg.FOLD <= cfg.FOLDS, fold),
         ("PIX_DIM", not any(cfg.PIX_DIM) or sides == cfg.PIX_DIM, "0.1 to 20, or 0 0 0"),
@@ -1555,9 +1549,8 @@ def log_grids(cases, cfg):
     log.info("Round trip      %s: native Dice of masks to the working grid and back", numbers)
     for case in cases:
         warn_if_far(case.image, case.native_spacing, usual, "")
-    coarser = np.maximum(
-        working_spacing(usual, cfg) / usual, 1
-    ).prod()  # finer elsewhere gains nothing
+    ratios = working_spacing(usual, cfg) / usual
+    coarser = np.maximum(ratios, 1).prod()  # finer elsewhere gains nothing
     if coarser > 1.01:
         told = "Warning: the working grid is coarser than the scans, %.1f times in voxel volume. "
         told += "What that costs thin PVS is told by Round trip; --pix-dim %s avoids it."
@@ -1917,7 +1910,7 @@ def measure_components(components, affine, prob=None, other=None):
     for number, numbers in enumerate(np.column_stack([shape, means]), 1):
         share = iou[number - 1]
         known = [None if np.isnan(value) else float(f"{value:.5g}") for value in (*numbers, share)]
-        matched = None if np.isnan(share) else share > 0
+        matched = None if np.isnan(share) else bool(share)
         values = number, f"PVS {number}", *known[:-1], matched, known[-1]
         rows.append(dict(zip(PVS_COLUMNS, values, strict=True)))
     return rows
@@ -1949,10 +1942,9 @@ def rate_busiest_section(mask, affine, middle):
     for side, half in {"left": mask[:cut], "right": mask[cut:]}.items():
         for section in np.flatnonzero(half.any((0, 1))):
             count = ndimage.label(half[:, :, section], np.ones((3, 3)))[1]
-            z = float((affine @ [*np.divide(mask.shape[:2], 2), section, 1])[2].round(2))
-            most = max(
-                most, (count, int(np.searchsorted(GRADES, count)), side, z), key=lambda m: m[0]
-            )
+            if count > most[0]:
+                z = (affine @ [*np.divide(mask.shape[:2], 2), section, 1])[2]
+                most = count, int(np.searchsorted(GRADES, count)), side, round(float(z), 2)
     return most
 
 
