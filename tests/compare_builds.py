@@ -9,27 +9,23 @@ FOLDER already are not made again. Exit status 1 where anything differs.
 """
 
 import argparse
+import gzip
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
-
-from conftest import TINY, make_subject
+from conftest import TINY, make_subjects
 
 SMALL = [*TINY, "--test-fraction", "0.5", "--lr", "5e-3", "--epochs", "10", "--seed", "123"]
-NATIVE = "--architecture dynunet --img-patch-size 16 16 16 --encoder-depth 3 --decoder-width 4"
+NATIVE = "--recipe native --architecture dynunet --img-patch-size 16 16 16 --encoder-depth 3 "
+NATIVE += "--decoder-width 4 --pix-dim 0 0 0 --no-amp --val-every 2"
 RUNS = {
     "demo": ["--demo"],
     "published": SMALL,
     "published_float32": [*SMALL, "--no-amp", "--val-every", "2", "--pix-dim", "1.2", "1.2", "1.2"],
-    "native": [
-        *("--recipe", "native", *SMALL, *NATIVE.split(), "--pix-dim", "0", "0", "0", "--no-amp"),
-        *("--val-every", "2"),
-    ],
+    "native": [*SMALL, *NATIVE.split()],
 }
 
 
@@ -54,15 +50,11 @@ def numbers(out):
     logs = out / "logs"
     history = json.loads((logs / "training_history.json").read_text())
     scores = json.loads((logs / "comprehensive_test_metrics.json").read_text())
-    for row in history:
-        del row["seconds"]
-        row.pop("val_seconds", None)
+    history = [{k: row[k] for k in row if k not in ("seconds", "val_seconds")} for row in history]
     for name in ("config", "versions", "checkpoint", "date", "device", "empty_masks"):
         scores.pop(name, None)
-    masks = {}
-    for path in sorted((out / "predictions").rglob("*.nii.gz")):
-        nifti = nib.load(path)
-        masks[path.name] = [np.asarray(nifti.dataobj).tobytes(), nifti.header.binaryblock]
+    masks = sorted((out / "predictions").rglob("*.nii.gz"))
+    masks = {path.name: gzip.decompress(path.read_bytes()) for path in masks}
     split = json.loads((logs / "split.json").read_text())
     table = (logs / "test_metrics.csv").read_text()
     return {"history": history, "split": split, "table": table, "masks": masks} | scores
@@ -91,8 +83,7 @@ def main():
         folders = [(options.keep or Path(temporary)) / side for side in ("old", "new")]
         for folder in folders:
             if not (folder / "data").exists():
-                for number in range(1, 7):
-                    make_subject(folder / "data", f"sub-{number:03d}", seed=number)
+                make_subjects(folder / "data", 6)
         for name in options.only:
             pair = zip(options.scripts, folders, strict=True)
             found = [numbers(run(script, name, folder)) for script, folder in pair]

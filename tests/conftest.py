@@ -47,8 +47,8 @@ def label_path(folder, subject):
     return folder / "derivatives" / "mask" / subject / f"{subject}_desc-mask_PVS.nii.gz"
 
 
-def make_subject(folder, subject, shape=(24, 28, 20), seed=0):
-    """Write a bright ball in noise, with three labelled tubes in it."""
+def make_head(shape=(24, 28, 20), seed=0):
+    """Return a scan, a bright ball in noise with three tubes in it, and the mask of the tubes."""
     rng = np.random.default_rng(seed)
     ticks = [np.linspace(-1, 1, n) for n in shape]
     radius = np.sqrt(sum(axis**2 for axis in np.meshgrid(*ticks, indexing="ij")))
@@ -57,14 +57,22 @@ def make_subject(folder, subject, shape=(24, 28, 20), seed=0):
         x, y, z = (int(rng.integers(n // 3, 2 * n // 3)) for n in shape)
         label[x : x + 2, y : y + 2, z - 4 : z + 4] = 1
     image = np.where(radius < 0.9, 400, 5) + 400 * label + rng.normal(0, 10, shape)
-    save_nifti(image_path(folder, subject), np.clip(image, 0, None).astype(np.int16))
-    save_nifti(label_path(folder, subject), label)
+    return np.clip(image, 0, None).astype(np.int16), label
 
 
-def make_subjects(folder, count):
-    """Write sub-001, sub-002, .., each with its number as seed, and return the folder."""
+def save_subject(folder, subject, image, label, affine=None):
+    save_nifti(image_path(folder, subject), image, affine)
+    save_nifti(label_path(folder, subject), label, affine)
+
+
+def make_subject(folder, subject, seed=0):
+    save_subject(folder, subject, *make_head(seed=seed))
+
+
+def make_subjects(folder, count, seed=0):
+    """Write sub-001, sub-002, .., each with a seed of its own, and return the folder."""
     for number in range(1, count + 1):
-        make_subject(folder, f"sub-{number:03d}", seed=number)
+        make_subject(folder, f"sub-{number:03d}", seed=seed + number)
     return folder
 
 
@@ -180,6 +188,13 @@ def copied(finished, tmp_path):
     shutil.copytree(finished.out, tmp_path / "run")
     shutil.copytree(finished.data, tmp_path / "moved")
     return about(tmp_path / "moved", tmp_path / "run")
+
+
+@pytest.fixture
+def predict(finished, tmp_path):
+    """Call --predict with the run's weights, results in `out`; returns (status, stdout, stderr)."""
+    flags = ("--checkpoint", finished.best, "--output-dir", tmp_path / "out", *MACHINE)
+    return lambda *words, command="--predict": call(*flags, command, *words)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -23,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from conftest import LEARNING, MACHINE, TINY, make_subject, make_subjects, scores, snapshot
-from running import train_pvs
+from conftest import LEARNING, MACHINE, TINY, make_subjects, scores, snapshot
+from running import live, train_pvs
 
 FLAGS = ("--epochs", 4, "--val-every", 2, "--lr", 5e-3, "--test-fraction", 0.5, "--no-amp")
 FLAGS += ("--augmentation", "native", "--flip-axes", "xyz", "--tta-flips", "windows")
@@ -43,19 +44,15 @@ def comparable(out):
     """Return a run's test scores without what tells when, where and with which file."""
     content = scores(out)
     del content["date"], content["checkpoint"]["file"]
-    for name in ("DATA_DIR", "OUTPUT_DIR"):
-        del content["config"][name]
+    del content["config"]["DATA_DIR"], content["config"]["OUTPUT_DIR"]
     return content
 
 
 def outcome(out):
     """Return what a run comes to, by name, but for seconds, dates and the folder."""
-    logs = out / "logs"
-    history = json.loads((logs / "training_history.json").read_text())
-    last, best = (
-        torch.load(out / "checkpoints" / f"{name}.pth", weights_only=True)
-        for name in ("last", "best_model")
-    )
+    run = train_pvs.Run(out)
+    history = json.loads(run.history.read_text())
+    last, best = (torch.load(path, weights_only=True) for path in (run.last, run.best))
     for row in [*history, *last["progress"]["history"], last["history_row"], best["history_row"]]:
         for key in ("seconds", "val_seconds"):
             row.pop(key, None)  # a row may be here twice
@@ -65,23 +62,17 @@ def outcome(out):
         for name in ("DATA_DIR", "OUTPUT_DIR", "CACHE_DIR", "NUM_WORKERS", "EPOCHS"):
             content["config"].pop(name, None)
     found = {"history": history, "metrics": metrics, "last": digest(last), "best": digest(best)}
-    files = [logs / "test_metrics.csv", *sorted((out / "predictions").rglob("*.nii.gz"))]
+    files = [run.table, *sorted(run.predictions.rglob("*.nii.gz"))]
     return found | {path.name: path.read_bytes() for path in files}
 
 
-def start(argv, log_path, kill_at=0):
-    """Fork a run, which kills itself at its `kill_at`-th flush or renaming; return its id."""
-    child = os.fork()
-    if child:
-        return child
-    screen = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(screen, 1)
-    os.dup2(screen, 2)
+def die_at(number):
+    """Let this process kill itself at its flush or renaming of this number."""
     moments = itertools.count(1)
 
     def deadly(function):
         def call(*args):
-            if next(moments) == kill_at:
+            if next(moments) == number:
                 os.write(1, f"\nkilled in {function.__name__} {args}\n".encode())
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args)
@@ -89,13 +80,14 @@ def start(argv, log_path, kill_at=0):
         return call
 
     os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
-    # Drawing, which takes most of so short a run, is left out.
-    train_pvs.plt.Figure.savefig = lambda self, file, **_: file.write(b"-")
-    status = 99
-    try:
-        status = train_pvs.main(argv)
-    finally:
-        os._exit(status)
+
+
+def start(argv, log_path, kill_at=0):
+    """Fork a run, which kills itself at its `kill_at`-th flush or renaming."""
+    args = train_pvs.main, argv, 2 * [log_path], {}, (die_at, kill_at)
+    process = multiprocessing.get_context("fork").Process(target=live, args=args)
+    process.start()
+    return process
 
 
 def run_to_the_end(argv, out, rng, duration, kills):
@@ -110,23 +102,20 @@ def run_to_the_end(argv, out, rng, duration, kills):
         child = start([*argv, *flags], out.with_suffix(".log"), kill_at)
         if left and not in_write:
             time.sleep(rng.uniform(0, duration))
-            os.kill(child, signal.SIGKILL)  # a zombie if it has ended
-        status = os.waitpid(child, 0)[1]
-        if os.WIFSIGNALED(status):
-            survived["in a write" if in_write else "at a random time"] += 1
-        elif os.WEXITSTATUS(status) in (0, 1):
+            child.kill()
+        child.join()
+        if child.exitcode in (0, 1):
             return survived
-        else:
-            sys.exit(f"a run ended with {os.WEXITSTATUS(status)}, see {out}.log")
+        if child.exitcode != -signal.SIGKILL:
+            sys.exit(f"a run ended with {child.exitcode}, see {out}.log")
+        survived["in a write" if in_write else "at a random time"] += 1
 
 
 def predict_to_the_end(folder, count, kills, rng):
     """Predict `count` scans twice, once killed so many times; exit with 1 where results differ."""
     data = make_subjects(folder / "data", 4)
     train_pvs.main(["--data-dir", str(data), "--output-dir", str(folder / "run"), *LEARNING])
-    scans = folder / "scans"
-    for number in range(count):
-        make_subject(scans, f"sub-{number:04d}", seed=100 + number)
+    scans = make_subjects(folder / "scans", count, seed=100)
     flags = ["--predict", str(scans), *MACHINE, "--checkpoint"]
     flags.append(str(folder / "run" / "checkpoints" / "best_model.pth"))
     results, duration, killed = {}, 0, 0
@@ -136,11 +125,12 @@ def predict_to_the_end(folder, count, kills, rng):
             child = start([*flags, "--output-dir", str(folder / name)], folder / f"{name}.log")
             if name == "killed" and killed < kills:
                 time.sleep(rng.uniform(0, duration / 3))
-                os.kill(child, signal.SIGKILL)
-            status = os.waitpid(child, 0)[1]
-            killed += os.WIFSIGNALED(status)
-            if not os.WIFSIGNALED(status):
-                assert os.WEXITSTATUS(status) == 0, (folder / f"{name}.log").read_text()[-2000:]
+                child.kill()
+            child.join()
+            if child.exitcode == -signal.SIGKILL:
+                killed += 1
+            else:
+                assert child.exitcode == 0, (folder / f"{name}.log").read_text()[-2000:]
                 found = snapshot(folder / name)
                 results[name] = {n: found[n] for n in found if n.endswith((".csv", ".gz", ".json"))}
         duration = time.perf_counter() - begin

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -43,6 +45,10 @@ def refused(result, *told):
     told = f"{status}, {errors} errors, lacks {missing}: {err[:1000]}"
     assert (status, errors, missing, "Traceback" in err) == (2, 1, [], False), told
     return err
+
+
+def array_of(path):
+    return np.asarray(nib.load(path).dataobj)
 
 
 def draw_nothing(patch):

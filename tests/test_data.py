@@ -13,7 +13,7 @@ import torch
 
 import train_pvs
 from conftest import edited_copy, image_path, label_path, make_subjects, save_nifti, split_flags
-from running import done, refused
+from running import array_of, done, refused
 
 NAN, INF = float("nan"), float("inf")
 SHAPE = (24, 28, 20)  # of conftest's subjects
@@ -25,10 +25,6 @@ def scan(folder, number=2):
 
 def mask(folder, number=2):
     return label_path(folder, f"sub-00{number}")
-
-
-def array_of(path):
-    return np.asarray(nib.load(path).dataobj)
 
 
 def resave(path, change=lambda array: array, affine=None):
@@ -158,10 +154,11 @@ NAMES = [  # words of the message, and what gives it
 
 UNREAD = "expected a NIfTI file, cannot be read ("
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(400)
-OTHERS = (b"", b"no image\n" * 50, b"/annex/objects/a.nii.gz", PNG, bytes(999))
+OTHERS = (b"", b"no image\n" * 50, PNG, bytes(999))
 MGH = gzip.compress(nib.MGHImage(np.ones(SHAPE, np.float32), np.eye(4)).to_bytes(), 1)
 AIR = np.hypot(*np.random.default_rng(2).normal(0, 10, (2, *SHAPE))).astype(np.float32)
 NO_3D, NOT_FINITE, HALF = "expected a 3D volume, got shape", "expected finite voxels", "at most 0.5"
+LABELS = f"{MASK}expected labels of 0 and more in a mask"
 SHIFT = nib.affines.from_matvec
 TWO = np.diag([2, 2, 2, 1])
 moved = voxels(mask, affine=SHIFT(2 * np.eye(3), (3, 4, 0)))
@@ -171,11 +168,15 @@ VOLUMES = [
     (f"1 problem |{SCAN}{UNREAD}|Repair", *(content(scan, other) for other in (*OTHERS, MGH))),
     (f"{MASK}{UNREAD}", content(mask, b"text"), instead(mask, os.mkfifo), instead(mask, os.mkdir)),
     (f"{SCAN}|datalad get|Repair", instead(scan, lambda path: path.symlink_to(".git/annex/gone"))),
+    (f"1 problem |{SCAN}{UNREAD}|datalad get|Repair", content(scan, b"/annex/objects/a.nii.gz\n")),
     (f"{SCAN}expected a scan, all voxels are 7", voxels(scan, lambda a: 0 * a + 7)),
     (f"{SCAN}expected a head, got nothing but noise", voxels(scan, lambda a: AIR)),
     (f"{SCAN}{NOT_FINITE}, 2 are NaN or inf", voxels(scan, lambda a: put(a, [5, 99], NAN))),
     (f"{SCAN}{NOT_FINITE}", voxels(scan, lambda a: a * 1e300)),  # beyond float32
     (f"{MASK}expected whole numbers in a mask", voxels(mask, lambda a: a * np.float32(0.5))),
+    (f"{LABELS}, got -1 (2 voxels)", voxels(mask, lambda a: put(a, [0, 1], -1))),
+    (f"{LABELS}, got -1 (96 voxels)", voxels(mask, lambda a: -a)),  # three tubes of 2 x 2 x 8
+    (f"{MASK}{NOT_FINITE}", voxels(mask, lambda a: put(a, [0, 1], -INF))),
     (f"{MASK}expected PVS in the head, all 3 ", voxels(mask, lambda a: put(0 * a, [0, 1, 2], 1))),
     (f"{SCAN}{NO_3D} (24, 28, 20, 2)", voxels(scan, lambda a: np.stack([a, a], -1))),
     (f"{MASK}expected the scan's shape {SHAPE}, got (23, 28", voxels(mask, lambda a: a[:-1])),
@@ -205,7 +206,9 @@ CUTS = [  # All voxels come before the last 8 bytes: a reader that stops there s
     (SCAN + NOT_WHOLE, *(content(scan, lambda c, n=n: flip(c, n)) for n in (-8, -1, 9000))),
     (SCAN + NOT_WHOLE, content(scan, lambda c: c + c[:100])),  # a second stream that is not whole
     (f"{SCAN}{UNREAD}", *(content(scan, lambda c, n=n: c[:n]) for n in (5, 10, 60))),
-    (f"{SCAN}{UNREAD}", content(scan, gzip.decompress), content(scan, gzip.compress)),
+    (f"{SCAN}{UNREAD}|it is not gzipped: name it .nii)", content(scan, gzip.decompress)),
+    (f"_T2w.nii: {UNREAD}|it is gzipped: name", lambda f: scan(f).rename(scan(f).with_suffix(""))),
+    (f"{SCAN}{UNREAD}", content(scan, gzip.compress)),
     ("_T2w.nii: " + NOT_WHOLE, *(content(scan, lambda c, n=n: c[:n], "") for n in (352, 9000, -1))),
     ("_T2w.nii: " + UNREAD, *(content(scan, lambda c, n=n: c[:n], "") for n in (10, 347))),
 ]
@@ -286,12 +289,6 @@ def move_elsewhere(folder):
         path.symlink_to(folder.parent / f"object{number}")
 
 
-def scale_mask(folder):
-    """Store 0.0 and 1.0 as 0 and 255 with a slope of 1/255."""
-    whole = array_of(mask(folder)).astype(float)
-    nib.save(nib.Nifti1Image(whole, np.eye(4), dtype=np.uint8), mask(folder))
-
-
 STRETCH = np.diag([1 + 0.2 / 23, 1, 1, 1])  # by 0.2 voxels over the 23 between the end's centres
 OFF = "its affine puts corners 0.20 voxels from the scan's; the scan's is used for both"
 plain = both(*(content(at, lambda c: c, "") for at in (scan, mask)))
@@ -301,7 +298,7 @@ GOOD = [  # words of the warning, and the ways to store sub-002 that give it
     ("", *(stored("i2", scl_slope=n, scl_inter=-10) for n in (2, 0.001))),
     ("", *(stored("i2", scl_slope=n) for n in (0, NAN, INF))),  # which scale nothing
     ("", reshaped(1), reshaped(1, 1, 1, 1), plain, move_elsewhere),
-    ("", turned("LAS"), turned("LPI"), turned("PIR"), scale_mask),
+    ("", turned("LAS"), turned("LPI"), turned("PIR")),
     ("", voxels(mask, lambda a: a * (1 + np.arange(20, dtype=np.int16) % 8))),
     (OFF, voxels(mask, affine=STRETCH)),
 ]
@@ -323,11 +320,10 @@ def test_volume_is_the_same_however_it_is_stored(data, tmp_path, tiny_config):
         for number, change in enumerate(changes):
             change(data)
             other_image, other_label, case = prepared()
-            row = f"{words!r} {number}"
-            assert torch.allclose(image, other_image, atol=2e-3), row
-            assert torch.equal(label, other_label), row
-            assert case.native_voxels == expected.native_voxels, row
-            assert [words in told for told in case.warnings] == [True] * bool(words), row
+            assert torch.allclose(image, other_image, atol=2e-3), (words, number)
+            assert torch.equal(label, other_label), (words, number)
+            assert case.native_voxels == expected.native_voxels, (words, number)
+            assert [words in told for told in case.warnings] == [True] * bool(words), number
             shutil.rmtree(data)
             shutil.copytree(tmp_path / "whole", data)
 

@@ -11,7 +11,8 @@ from PIL import Image
 from scipy import ndimage
 
 import train_pvs
-from conftest import image_path, label_path, save_nifti
+from conftest import TINY, save_subject
+from running import call
 from test_evaluation import write_constant_network
 
 # Stored with axes to the left, back and top, voxels of 1 x 1 x 2 mm.
@@ -49,16 +50,14 @@ def drawn(tmp_path_factory):
         image, label = np.zeros((2, 30, 32, 18), np.int16)
         image[5:25, 6:26, 4:14] = 400 + number
         label[7 : 7 + width, 8:14, 10:13] = 1
-        save_nifti(image_path(folder / "heads", name), image, AFFINE)
-        save_nifti(label_path(folder / "heads", name), label, AFFINE)
+        save_subject(folder / "heads", name, image, label, AFFINE)
     split = {"train": ["sub-20"], "val": ["sub-21"], "test": list(WIDTHS)}
     (folder / "split.json").write_text(json.dumps(split))
-    network = "--img-patch-size 16 16 16 --encoder-depth 3 --decoder-width 2 --pix-dim 1 1 2 "
-    network += "--encoder-name efficientnet-b0 --encoder-weights none"
-    write_constant_network(folder / "constant.pth", -5.0, network.split())
+    network = [*TINY, *"--pix-dim 1 1 2 --no-head-bias-log-odds".split()]
+    write_constant_network(folder / "constant.pth", -5.0, network)
     argv = f"--data-dir {folder / 'heads'} --output-dir {folder / 'out'} --epochs 3 --val-every 3 "
     argv += f"--init-from {folder / 'constant.pth'} --split {folder / 'split.json'} --lr 1e-9 "
-    argv += f"--crops-per-volume 1 --num-workers 0 --device cpu --threshold 0.001 {network}"
+    argv += "--crops-per-volume 1 --threshold 0.001"
 
     def savefig(figure, *args, **settings):
         figures.append(describe(figure))
@@ -68,7 +67,7 @@ def drawn(tmp_path_factory):
     before = plt.get_fignums()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", savefig)
-        status = train_pvs.main(argv.split())
+        status, *_ = call(*network, *argv.split())
     assert plt.get_fignums() == before  # hundreds of open ones would fill the memory
     return SimpleNamespace(status=status, out=folder / "out", figures=figures)
 
@@ -131,8 +130,7 @@ def test_figures_name_sides_slices_scores_and_grids_and_show_worst_to_best(drawn
     # Slices from 1 on: the top of slices 10 to 12 of three equal ones wins by being first, 10.
     assert titles[0] == "axial, slice 11 of 18"
     assert [panel.texts for panel in case.panels] == 6 * [["R", "L"]] + 3 * [["A", "P"]]
-    # The overview has ten cases, spread from worst to best.
-    # 10 places from 0 to 11, 11/9 = 1.22 apart: 0, 1.22, 2.44, 3.67, 4.89, 6.11, 7.33, 8.56, ...
+    # The ten of the overview, 11/9 = 1.22 places apart: 0, 1.22, 2.44, 3.67, 4.89, 6.11, 7.33, ..
     name_of, overview = {width: name for name, width in WIDTHS.items()}, drawn.figures[-3]
     widths = [1 + place for place in (0, 1, 2, 4, 5, 6, 7, 9, 10, 11)]
     firsts = [panel.title.split(",")[0] for panel in overview.panels[::3]]
@@ -166,7 +164,7 @@ def test_agreement_figure_shows_points_identity_bias_and_limits(drawn):
 
 def test_training_curves_leave_out_epochs_without_validation(drawn):
     losses, dices, rates = drawn.figures[-1].panels
-    history = json.loads((drawn.out / "logs" / "training_history.json").read_text())
+    history = json.loads(train_pvs.Run(drawn.out).history.read_text())
     assert [row["val_dice"] is not None for row in history] == [True, False, True]
     for panel, keys in ((losses, ("train_loss", "val_loss")), (dices, ("train_dice", "val_dice"))):
         for line, key in zip(panel.lines, keys, strict=True):

@@ -14,7 +14,6 @@ import train_pvs
 from conftest import LEARNING, MACHINE, TINY, make_subjects
 from running import call
 
-MIRRORED = ("--flip-axes", "x", "--tta-flips", "full")
 SETTINGS = (*LEARNING, "--test-fraction", 0.4, "--val-fraction", 0.4)
 
 
@@ -63,7 +62,7 @@ def wait_for_epochs(out, count):
 
 def test_two_processes_score_as_one_does(begin, heads, no_figures, tmp_path):
     out = tmp_path / "out"
-    processes, screens = begin(*SETTINGS, "--epochs", 6, *MIRRORED)
+    processes, screens = begin(*SETTINGS, "--epochs", 6, "--flip-axes", "x", "--tta-flips", "full")
     assert end(processes) == [0, 0]
     assert screens[1].read_text() == ""  # one writes, one shows progress
     assert "Traceback" not in screens[0].read_text()
@@ -81,8 +80,7 @@ def test_two_processes_score_as_one_does(begin, heads, no_figures, tmp_path):
     model.load_state_dict(content["model"])
     cases = train_pvs.prepare_cases(train_pvs.find_cases(cfg), cfg)
     val = [case for case in cases if case.name in content["sha256"]["val"]]
-    row = content["history_row"]
-    expected = row["val_loss"], row["val_dice"]
+    expected = [content["history_row"][name] for name in ("val_loss", "val_dice")]
     assert train_pvs.validate(model, val, cfg, 1) == pytest.approx(expected, rel=1e-6)
 
 
@@ -128,5 +126,5 @@ def test_errors_of_settings_and_data_are_told_once_by_the_first_process(begin, t
         first, second = (screen.read_text() for screen in screens)
         assert (first.count(told), second.count(told)) == (1, 0), (first, second)
         assert "Traceback" not in first + second
-    text = begun["2 problems in the data"][1][0].read_text()
-    assert text.count("cannot be read to its last byte") == 2
+    _, (screen, _) = begun["2 problems in the data"]
+    assert screen.read_text().count("cannot be read to its last byte") == 2

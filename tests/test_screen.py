@@ -11,7 +11,6 @@ import termios
 import time
 
 import pyte
-import pytest
 import tqdm.std
 
 from conftest import LEARNING
@@ -20,31 +19,26 @@ from running import call
 COLUMNS, ROWS = 110, 400
 
 
-@pytest.fixture
-def show(launch):
+def show(launch, argv, stop=None):
     """Run on a terminal till `stop` is there; return what was written, exit status, last rows."""
-
-    def start(*argv, stop=None):
-        master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", ROWS, COLUMNS, 0, 0))
-        process = launch(argv, 2 * [os.ttyname(slave)])
-        written, end = b"", time.monotonic() + 100
-        while process.is_alive() or select.select([master], [], [], 0)[0]:
-            if select.select([master], [], [], 0.05)[0]:
-                written += os.read(master, 65536)
-            if stop and stop.exists():
-                os.kill(process.pid, signal.SIGINT)
-                stop = None
-            if time.monotonic() > end:
-                process.kill()
-        os.close(master)
-        os.close(slave)
-        screen = pyte.Screen(COLUMNS, ROWS)
-        pyte.ByteStream(screen).feed(written)
-        rows = [row.rstrip() for row in screen.display if row.strip()]
-        return written.decode(), process.exitcode, rows
-
-    return start
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", ROWS, COLUMNS, 0, 0))
+    process = launch(argv, 2 * [os.ttyname(slave)])
+    written, end = b"", time.monotonic() + 100
+    while process.is_alive() or select.select([master], [], [], 0)[0]:
+        if select.select([master], [], [], 0.05)[0]:
+            written += os.read(master, 65536)
+        if stop and stop.exists():
+            os.kill(process.pid, signal.SIGINT)
+            stop = None
+        if time.monotonic() > end:
+            process.kill()
+    os.close(master)
+    os.close(slave)
+    screen = pyte.Screen(COLUMNS, ROWS)
+    pyte.ByteStream(screen).feed(written)
+    rows = [row.rstrip() for row in screen.display if row.strip()]
+    return written.decode(), process.exitcode, rows
 
 
 def rows_of(log):
@@ -54,15 +48,15 @@ def rows_of(log):
     return [piece.rstrip() for piece in pieces if piece.strip()]
 
 
-def test_log_lines_are_whole_on_a_terminal_with_progress_bars(show, finished, tmp_path):
+def test_log_lines_are_whole_on_a_terminal_with_progress_bars(launch, finished, tmp_path):
     argv = ["--data-dir", finished.data, *LEARNING, "--test-fraction", 0.3]
-    written, status, rows = show(*argv, "--output-dir", tmp_path / "whole")
+    written, status, rows = show(launch, [*argv, "--output-dir", tmp_path / "whole"])
     assert status in (0, 1), written
     assert len(set(re.findall(r"(caching|training|validation|testing): .*?%\|", written))) >= 3
     assert rows == rows_of(tmp_path / "whole" / "logs" / "train.log")  # of bars nothing is left
     stop = tmp_path / "broken" / "checkpoints" / "last.pth"
     argv += ["--epochs", 999, "--cache-dir", tmp_path / "whole" / "cache"]
-    written, status, rows = show(*argv, "--output-dir", tmp_path / "broken", stop=stop)
+    written, status, rows = show(launch, [*argv, "--output-dir", tmp_path / "broken"], stop)
     assert status == 130, written
     rows = [row for row in rows if not re.match(r"epoch \d+, \w+: .*%\|", row)]
     logged = rows_of(tmp_path / "broken" / "logs" / "train.log")

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 import train_pvs
-from conftest import image_path, label_path, prepared_case, save_nifti
+from conftest import prepared_case, save_subject
 
-CPU = torch.device("cpu")
 BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -22,34 +21,26 @@ class Batches(list):
     batch_sampler = SimpleNamespace(epoch=None)
 
 
-def make_batches(count, size=2, side=4):
+def make_batches(count):
     """Return batches of images, labelled where they are bright; their names are a, b, c, .."""
-    generator, batches = torch.Generator().manual_seed(0), []
-    for number in range(count):
-        image = torch.rand(size, 1, side, side, side, generator=generator)
-        batches.append({"image": image, "label": (image > 0.7).float(), "name": ["abcdef"[number]]})
-    return batches
+    images = torch.rand(count, 2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    pairs = zip(images, "abcdef"[:count], strict=True)
+    return [{"image": i, "label": (i > 0.7).float(), "name": [name]} for i, name in pairs]
 
 
 def vector(model):
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
-@pytest.fixture
-def conv_step(tiny_config):
+def conv_step(cfg, batches, epoch=1):
     """Train a convolution for an epoch by SGD at LR 1; return its weights before and after."""
-
-    def train(batches, epoch=1, **settings):
-        torch.manual_seed(0)
-        model, cfg = nn.Conv3d(1, 1, 3, padding=1), {"AMP": False, "GRAD_CLIP": 1e6} | settings
-        state, before = train_pvs.TrainState(model, tiny_config(**cfg)), vector(model)
-        state.optimizer = torch.optim.SGD(model.parameters(), lr=1)
-        loader = Batches(batches)
-        result = train_pvs.train_one_epoch(model, state, loader, epoch)
-        assert loader.batch_sampler.epoch == epoch
-        return before, vector(model), result
-
-    return train
+    torch.manual_seed(0)
+    model, loader = nn.Conv3d(1, 1, 3, padding=1), Batches(batches)
+    state, before = train_pvs.TrainState(model, cfg), vector(model)
+    state.optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    result = train_pvs.train_one_epoch(model, state, loader, epoch)
+    assert loader.batch_sampler.epoch == epoch
+    return before, vector(model), result
 
 
 def descend(weights, groups):
@@ -63,21 +54,23 @@ def descend(weights, groups):
     return weights
 
 
-def test_accumulated_batches_make_one_step_down_the_mean_of_their_losses(conv_step):
+def test_accumulated_batches_make_one_step_down_the_mean_of_their_losses(tiny_config):
     batches = make_batches(5)
     for steps, groups in ((1, [[b] for b in batches]), (3, [batches[:3], batches[3:]])):
-        before, after, _ = conv_step(batches, ACCUMULATE_STEPS=steps)
+        cfg = tiny_config(AMP=False, GRAD_CLIP=1e6, ACCUMULATE_STEPS=steps)
+        before, after, _ = conv_step(cfg, batches)
         torch.testing.assert_close(after, descend(before, groups), atol=1e-6, rtol=1e-5)
 
 
-def test_gradient_is_clipped_and_loss_and_dice_of_an_epoch_are_those_of_its_patches(conv_step):
+def test_gradient_is_clipped_and_loss_and_dice_of_an_epoch_are_those_of_its_patches(tiny_config):
     for clip, length in ((1e6, None), (0.01, 0.01)):  # a step of SGD at LR 1 is a gradient
-        before, after, _ = conv_step(make_batches(1), GRAD_CLIP=clip)
+        before, after, _ = conv_step(tiny_config(AMP=False, GRAD_CLIP=clip), make_batches(1))
         norm = (after - before).norm().item()
         assert norm > 0.02 if length is None else norm == pytest.approx(length, rel=1e-3)
     # Clipped to nothing, the weights stay: what the epoch tells can be calculated afterwards.
     batches = make_batches(3)
-    before, after, (loss, dice) = conv_step(batches, epoch=7, GRAD_CLIP=1e-12)
+    cfg = tiny_config(AMP=False, GRAD_CLIP=1e-12)
+    before, after, (loss, dice) = conv_step(cfg, batches, epoch=7)
     torch.testing.assert_close(before, after, atol=1e-9, rtol=0)
     model = nn.Conv3d(1, 1, 3, padding=1)
     nn.utils.vector_to_parameters(before, model.parameters())
@@ -121,7 +114,7 @@ def test_bfloat16_gradients_of_every_layer_are_right_where_it_is_used(tiny_confi
     ):
         settings = {"ARCHITECTURE": architecture, "ENCODER_DEPTH": depth, "IMG_PATCH_SIZE": sides}
         cfg = tiny_config(**settings, DECODER_WIDTH=8)
-        assert train_pvs.autocast_dtype(CPU, cfg) == torch.bfloat16
+        assert train_pvs.autocast_dtype(torch.device("cpu"), cfg) == torch.bfloat16
         image = torch.rand(4, 1, *sides, generator=torch.Generator().manual_seed(0))
         batch = {"image": image, "label": (image > 0.9).float(), "name": ["a"]}
         errors = gradient_errors(cfg, batch)
@@ -165,8 +158,7 @@ def test_small_network_learns_a_single_volume(tmp_path, tiny_config):
         label[x : x + 3, y : y + 3, 6:26] = 1
     head = np.pad(np.ones((26, 26, 26)), 3)
     image = head * (400 + 400 * label + np.random.default_rng(0).normal(0, 10, label.shape))
-    save_nifti(image_path(tmp_path, "sub-1"), image.astype(np.int16))
-    save_nifti(label_path(tmp_path, "sub-1"), label)
+    save_subject(tmp_path, "sub-1", image.astype(np.int16), label)
     settings = {"DATA_DIR": str(tmp_path), "OUTPUT_DIR": str(tmp_path / "out"), "DECODER_WIDTH": 8}
     settings |= {"CROPS_PER_VOLUME": 4, "LR": 5e-3, "EPOCHS": 3, "VAL_EVERY": 100}
     cfg, run = tiny_config(**settings), train_pvs.Run(tmp_path / "out")
@@ -234,16 +226,14 @@ def test_best_weights_and_scores_are_those_of_the_first_validation_with_the_best
     best = train_pvs.read_checkpoint(run.best)
     assert best["history_row"] == history[2]
     assert torch.equal(best["model"]["weight"], model.seen[2])
-    dices = [2 * n / (n + 64) for n in found]
-    assert [row["val_dice"] for row in history] == pytest.approx(dices)
+    assert [row["val_dice"] for row in history] == pytest.approx([2 * n / (n + 64) for n in found])
     # 48 of 4096 voxels are missed with a logit of -10; the other ones cost next to nothing.
     expected = 0.5 * 48 / 4096 * 10 + 0.5 * (1 - (2 * 16 + 1) / (16 + 64 + 1))
     assert history[-1]["val_loss"] == pytest.approx(expected, abs=2e-3)
 
 
 def test_validation_loss_that_is_not_finite_ends_the_run_without_new_weights(fit, tmp_path):
-    told = "validation loss became nan in epoch 2 with sub-1"
-    with pytest.raises(FloatingPointError, match=told):
+    with pytest.raises(FloatingPointError, match="loss became nan in epoch 2 with sub-1"):
         fit(Scripted((5, -1)), EPOCHS=3)
     content = train_pvs.read_checkpoint(tmp_path / "out" / "checkpoints" / "best_model.pth")
     assert content["history_row"]["epoch"] == 1
@@ -256,8 +246,7 @@ def test_learning_rate_is_reduced_on_a_plateau_of_the_validation_loss(fit):
     history, _ = fit(model, EPOCHS=7, LR=1e-3, LR_PATIENCE=1, LR_MIN=3e-4)
     losses = [row["val_loss"] for row in history]
     assert min(losses) == losses[1]
-    rates = [1e-3, 1e-3, 1e-3, 1e-3, 5e-4, 5e-4, 3e-4]
-    assert [row["lr"] for row in history] == pytest.approx(rates)
+    assert [row["lr"] for row in history] == pytest.approx(4 * [1e-3] + 2 * [5e-4] + [3e-4])
 
 
 @pytest.mark.parametrize("name", ["last.pth", "best_model.pth"])
@@ -340,7 +329,6 @@ def test_poly_schedule_warms_up_and_ends_at_0_by_epochs_and_by_the_clock(tiny_co
     assert rate(10, 999, MAX_MINUTES=9.0) == pytest.approx(2 * 0.9**0.9)
     # 30.4 epochs fit in: the 30th is the last; of 29.6, too.
     for minutes in (30.4 / 15, 29.6 / 15):
-        assert rate(29, 999, 1, MAX_MINUTES=minutes) == 0
-        assert rate(29, 999, 0.5, MAX_MINUTES=minutes) > 0
+        assert rate(29, 999, 1, MAX_MINUTES=minutes) == 0 < rate(29, 999, 0.5, MAX_MINUTES=minutes)
     before = rate(0, 999)
     assert rate(50, 999, LR_SCHEDULE="plateau") == before  # it is the validation's to change

@@ -108,6 +108,15 @@ def draw(loader, *epochs):
     return [batch for loader.batch_sampler.epoch in epochs for batch in loader]
 
 
+def draw_forced(loader, *kinds):
+    """Return a batch; random transforms of these kinds happen every time, the others never."""
+    for step in loader.dataset.transforms.transforms:
+        if hasattr(step, "prob"):
+            step.prob = float(isinstance(step, kinds))
+    (batch,) = draw(loader, 1)
+    return batch
+
+
 def same(one, two):
     """Return whether two batches are equal to the bit."""
     return one["name"] == two["name"] and all(torch.equal(one[key], two[key]) for key in KEYS)
@@ -166,9 +175,7 @@ def test_share_of_patches_centred_on_pvs_follows_the_ratio(loader_of):
     label = ball((32, 32, 32), 3)
     for ratio in (0, 0.5, 2):
         loader = loader_of(label, label, POS_NEG_RATIO=float(ratio), CROPS_PER_VOLUME=400)
-        force(loader.dataset.transforms)
-        (batch,) = draw(loader, 1)
-        share = batch["label"][:, 0, 8, 8, 8].mean().item()
+        share = draw_forced(loader)["label"][:, 0, 8, 8, 8].mean().item()
         assert share == pytest.approx(ratio / (1 + ratio), abs=0.07)
 
 
@@ -180,10 +187,7 @@ def test_volumes_smaller_than_the_patch_are_padded_and_their_centres_found_again
     label[4, [12, 20, 28], 2] = 1
     settings = {"IMG_PATCH_SIZE": (32, 16, 16), "CROPS_PER_VOLUME": 30, "POS_NEG_RATIO": 1000.0}
     image = 0.25 + np.arange(40)[:, None] / 100 + label
-    loader = loader_of(image, label, **settings)
-    force(loader.dataset.transforms)
-    (batch,) = draw(loader, 1)
-    seen = set()
+    batch, seen = draw_forced(loader_of(image, label, **settings)), set()
     for patch, mask in zip(batch["image"][:, 0], batch["label"][:, 0], strict=True):
         assert mask[9 + 4, 8, 4 + 2] == 1
         assert torch.equal(mask, (patch > 1).float())
@@ -193,31 +197,19 @@ def test_volumes_smaller_than_the_patch_are_padded_and_their_centres_found_again
     assert seen == {0.37, 0.45, 0.53}  # 0.25 + 0.12, 0.20, 0.28: all three are centres
 
 
-@pytest.fixture
-def cut_of(loader_of):
-    """Return a function that cuts a patch with a matrix, and the volume that it is cut from."""
-
-    def make(matrix, centre, size, **settings):
-        volume = ndimage.gaussian_filter(np.random.default_rng(0).random((24, 30, 27)), 1)
-        volume = (volume > np.median(volume)) * 0.5 + 0.25 * volume
-        volume = volume.astype(np.float16).astype(np.float32)
-        loader = loader_of(volume, volume > 0.5, IMG_PATCH_SIZE=size, AUGMENTATION="native")
-        cutter, item = loader.dataset.transforms.transforms[0], loader.dataset.cases[0]
-        item = train_pvs.load_cached(item)
-        image, label = cutter.cut([item[key] for key in KEYS], np.array(centre), matrix)
-        return volume, image[0].numpy(), label[0].numpy()
-
-    return make
-
-
-def test_turned_patches_are_interpolated_out_of_the_volume_with_nothing_smeared(cut_of):
+def test_turned_patches_are_interpolated_out_of_the_volume_with_nothing_smeared(loader_of):
     """scipy's affine_transform is the independent computation; beyond the volume there is 0."""
-    size = (16, 8, 16)
+    volume = ndimage.gaussian_filter(np.random.default_rng(0).random((24, 30, 27)), 1)
+    volume = (volume > np.median(volume)) * 0.5 + 0.25 * volume
+    volume, size = volume.astype(np.float16).astype(np.float32), (16, 8, 16)
+    loader = loader_of(volume, volume > 0.5, IMG_PATCH_SIZE=size, AUGMENTATION="native")
+    entry = train_pvs.load_cached(loader.dataset.cases[0])
+    cut, volumes = loader.dataset.transforms.transforms[0].cut, [entry[key] for key in KEYS]
     turn = Rotation.from_euler("xyz", (20, -30, 10), degrees=True).as_matrix() / 0.8
     for centre in ((12, 15, 13), (2, 28, 3), (23, 0, 26)):
         middle = np.array(centre)
         for matrix in (None, turn):
-            volume, image, label = cut_of(matrix, centre, size)
+            image, label = (patch[0].numpy() for patch in cut(volumes, middle, matrix))
             whole = np.eye(3) if matrix is None else matrix
             how = {"offset": middle - whole @ (np.array(size) // 2), "output_shape": size}
             how |= {"order": 1, "mode": "grid-constant"}
@@ -237,9 +229,8 @@ def test_native_patches_are_mirrored_turned_in_mm_and_centred_in_the_head(loader
     label[10, 20, 20] = 1
     settings = {"AUGMENTATION": "native", "CROPS_PER_VOLUME": 300, "IMG_PATCH_SIZE": (16, 16, 16)}
     loader = loader_of(image, label, **settings, POS_NEG_RATIO=0.5, FLIP_AXES="xz")
-    force(loader.dataset.transforms, mt.RandFlipd)
     loader.dataset.transforms.transforms[0].draw_matrix = lambda spacing: None
-    (batch,) = draw(loader, 1)
+    batch = draw_forced(loader, mt.RandFlipd)
     middle = batch["image"][:, 0, 7, 8, 7]
     assert (middle > 0).all()
     assert batch["label"][:, 0, 7, 8, 7].mean().item() == pytest.approx(1 / 3, abs=0.09)
@@ -257,13 +248,6 @@ def test_native_patches_are_mirrored_turned_in_mm_and_centred_in_the_head(loader
         np.testing.assert_allclose(in_mm @ in_mm.T, scale**2 * np.eye(3), atol=1e-9)
 
 
-def force(transforms, *kinds):
-    """Let the random transforms of these kinds happen every time, and the others never."""
-    for step in transforms.transforms:
-        if hasattr(step, "prob"):
-            step.prob = float(isinstance(step, kinds))
-
-
 def dice(a, b):
     return 2 * (a & b).sum() / (a.sum() + b.sum())
 
@@ -275,12 +259,11 @@ def test_augmentation_moves_the_label_with_the_image(loader_of):
     stripes = np.broadcast_to(np.arange(48)[:, None, None] // 4 % 2 == 1, shape).copy()
     for label in (balls, stripes):
         loader = loader_of(label, label, IMG_PATCH_SIZE=shape)
-        transforms, whole = loader.dataset.transforms, torch.from_numpy(label)[None]
-        steps = [step for step in transforms.transforms if hasattr(step, "prob")]
+        transforms, whole = loader.dataset.transforms.transforms, torch.from_numpy(label)[None]
+        steps = [step for step in transforms if hasattr(step, "prob")]
         assert len(steps) >= 4
         for step in [None] if label is balls else steps:
-            force(transforms, type(step) if step else object)
-            (batch,) = draw(loader, 1)
+            batch = draw_forced(loader, type(step) if step else object)
             for image, mask in zip(batch["image"], batch["label"] > 0, strict=True):
                 told = f"{step}: Dice {dice(mask, whole)} of labels, {dice(image > 0.5, mask)}"
                 assert not torch.equal(image, whole.float()), told
