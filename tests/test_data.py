@@ -42,9 +42,6 @@ def flip(whole, place):
     return whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place:][1:]
 
 
-# Changes of a data folder; what is a list that they return are the flags of the run.
-
-
 def voxels(path_of, change=lambda array: array, affine=None):
     return lambda folder: resave(path_of(folder), change, affine)
 
@@ -80,7 +77,6 @@ def header(**values):
 
 
 def instead(path_of, make):
-    """Remove a file and make something else in its place."""
     return lambda folder: (path_of(folder).unlink(), make(path_of(folder)))
 
 
@@ -114,7 +110,7 @@ def copy_voxels(folder):
 
 @pytest.fixture
 def check(data, run, tmp_path):
-    """Return a function: look the data over with flags or after a change, and undo it."""
+    """Look the data over with flags, or after a change, which may return flags, and undo it."""
     shutil.copytree(data, tmp_path / "whole")
 
     def call(change):
@@ -429,11 +425,10 @@ def test_wrong_split_is_refused_in_a_few_words(check):
     assert "2 train, 1 val, 1 test" in done(check(marked))
 
 
-def times_of(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
 def test_only_what_matters_prepares_anew_and_data_stay_as_they_are(data, run, tmp_path):
+    def times_of(folder):
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
     cache, before = {}, times_of(data)
 
     def new(*flags):

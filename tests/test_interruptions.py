@@ -1,6 +1,8 @@
 """A run that is interrupted, killed or short of disk says so in a line and goes on to its end."""
 
 import errno
+import functools
+import itertools
 import json
 import os
 import re
@@ -25,7 +27,6 @@ FOR_EVER = ("--epochs", 999, "--num-workers", 2)
 
 
 def wait_until(true, told, seconds=60):
-    """Wait until a function returns something true; return it."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, told()
@@ -44,15 +45,13 @@ class Live:
         return (self.folder / "stderr").read_text()
 
     def wait_for(self, pattern):
-        """Wait until a file is there."""
         wait_until(lambda: self.process.exitcode or [*self.out.glob(pattern)], lambda: self.stderr)
         assert self.process.is_alive(), f"{pattern} has not come; {self.stderr}"
 
     def end(self, status, start, way_on, seconds=20):
         """See that the run ends with a status and a message, which `start` begins, and no more."""
         self.process.join(seconds)
-        assert not self.process.is_alive(), f"not ended in {seconds} s; {self.stderr}"
-        assert self.process.exitcode == status, self.stderr
+        assert self.process.exitcode == status, f"after {seconds} s; {self.stderr}"
         lines = [line for line in self.stderr.splitlines() if "%|" not in line]  # progress
         assert lines[0].startswith(start), self.stderr
         assert lines[-1].endswith(GO_ON[way_on]), self.stderr
@@ -144,14 +143,12 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback(tmp_path):
 
 def kill_worker(call):
     """Let a worker be killed in its call-th reading of a prepared volume."""
-    calls, real = [], torch.load
+    calls, real = itertools.count(1), torch.load
 
     def load(*args, **settings):
-        if torch.utils.data.get_worker_info():
-            calls.append(args)
-            if len(calls) == call:
-                time.sleep(1)  # until the run has received what is done
-                os.kill(os.getpid(), signal.SIGKILL)
+        if torch.utils.data.get_worker_info() and next(calls) == call:
+            time.sleep(1)  # until the run has received what is done
+            os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **settings)
 
     torch.load = load
@@ -199,21 +196,17 @@ def test_runs_killed_at_random_moments_become_the_same(begin):
     assert (run.process.exitcode, "6 kills survived" in told) == (0, True), told
 
 
-def kind(path):
-    """Return what a file of a run is, the same for all cases."""
-    if path.parent.name in ("cache", "multi_plane"):
-        return path.parent.name
-    return path.name.split("_")[-1] if path.parent.name == "anat" else path.name
-
-
 def fill_disk(monkeypatch, start):
     """Run as advised till it works, while the first file of a kind finds no room; return kinds."""
     seen, failed, flags, real = set(), [], [], os.replace
 
     def replace(source, target):
         path = Path(target)
-        if kind(path) not in seen:
-            seen.add(kind(path))
+        place, end = path.parent.name, path.name.split("_")[-1]
+        kinds = {"cache": place, "multi_plane": place, "anat": end}  # the same for all cases
+        kind = kinds.get(place, path.name)
+        if kind not in seen:
+            seen.add(kind)
             failed.append((path, path.read_bytes() if path.exists() else None))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(source, target)
@@ -226,10 +219,9 @@ def fill_disk(monkeypatch, start):
             trained((status, out, err))
             return seen
         ((path, former),) = failed
-        assert status == 1, err
+        assert (status, "Traceback" in err) == (1, False), err
         told = rf"Error: {re.escape(str(path))}: cannot be written \(No space left on device\); "
         assert re.search(told + r"it takes [\d.]+ MB, [\d.]+ MB are free", err), err
-        assert "Traceback" not in err
         assert (path.read_bytes() if path.exists() else None) == former
         assert list(path.parent.glob(".writing-*")) == []
         flags = [flag for flag, words in GO_ON.items() if err.strip().endswith(words) and flag]
@@ -297,13 +289,8 @@ def test_more_epochs_on_resuming_give_the_run_that_had_them_from_the_start(heads
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
-@pytest.fixture
-def resume(copied, no_figures):
-    """Resume the copied run, with no other flags than those given."""
-    return lambda *flags: call("--resume", "--output-dir", copied.out, *flags)
-
-
-def test_resume_needs_no_other_flags_and_names_those_that_contradict(copied, resume):
+def test_resume_needs_no_other_flags_and_names_those_that_contradict(copied, no_figures):
+    resume = functools.partial(call, "--resume", "--output-dir", copied.out)
     expected = outcome(copied.out)
     assert "Resumed         after epoch 4" in done(resume())
     assert outcome(copied.out) == expected
@@ -311,8 +298,7 @@ def test_resume_needs_no_other_flags_and_names_those_that_contradict(copied, res
     flags = ("--lr", 1e-4, "--batch-size", 2, "--seed", 5, "--epochs", 9, "--decoder-width", 2)
     err = refused(resume(*flags, "--data-dir", copied.out / "gone"))  # before data are read
     last = copied.out / "checkpoints" / "last.pth"
-    told = [re.match(rf"  (\w+): {last} has (.*), not (.*); only", ln) for ln in err.splitlines()]
-    told = sorted(match.groups() for match in told if match)
+    told = sorted(re.findall(rf"^  (\w+): {last} has (.*), not (.*); only", err, re.MULTILINE))
     assert told == [("BATCH_SIZE", "1", "2"), ("LR", "0.003", "0.0001"), ("SEED", "123", "5")]
     assert snapshot(copied.out / "checkpoints") == before
     whole = last.read_bytes()
@@ -331,7 +317,8 @@ def test_resume_needs_no_other_flags_and_names_those_that_contradict(copied, res
         assert re.search(told, (copied.out / "logs" / "train.log").read_text())
 
 
-def test_data_that_are_not_those_of_the_run_are_named_on_resuming(copied, resume, finished):
+def test_data_that_are_not_those_of_the_run_are_named_on_resuming(copied, no_figures):
+    resume = functools.partial(call, "--resume", "--output-dir", copied.out)
     scan, mask, gone = copied.split["train"]
     make_subject(copied.data, "sub-999", seed=99)
     flags = ("--data-dir", copied.data)

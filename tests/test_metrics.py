@@ -15,11 +15,6 @@ from torch.nn.functional import binary_cross_entropy
 import train_pvs
 
 
-def line(text):
-    """Return a mask (1, 1, Z) that is true where the text has a 1: each run of 1s is a PVS."""
-    return np.array([[[character == "1" for character in text]]])
-
-
 def test_scores_agree_with_scikit_learn():
     rng = np.random.default_rng(1)
     for density in (0.002, 0.1, 0.9):
@@ -74,7 +69,8 @@ def test_lesion_scores_of_hand_worked_masks():
         ("....", "1.1.", (0, 2), none, none),  # invented
         ("....", "....", (0, 0), (0, 0, 1, 1, 1), (0, 0, 1, 1, 1)),  # nothing there or found
     ):
-        row = train_pvs.calculate_lesion_metrics(line(pred), line(label))
+        masks = (np.array([[list(text)]]) == "1" for text in (pred, label))  # a run of 1s is a PVS
+        row = train_pvs.calculate_lesion_metrics(*masks)
         assert row == pytest.approx(lesion_row(counts, any_overlap, iou)), (label, pred)
 
 
@@ -104,14 +100,6 @@ def test_lesion_scores_agree_with_sets_of_voxels():
         assert row["matched_label_iou"] < row["matched_label_any"] < row["count_label"]
 
 
-def make_blobs(seed, margin):
-    """Return two alike masks of smooth blobs, `margin` voxels away from the volume's edge."""
-    noise = np.random.default_rng(seed).normal(size=(2, 20, 22, 18))
-    one, other = (ndimage.gaussian_filter(volume, 1.5) for volume in noise)
-    inside = np.pad(np.ones(np.subtract(one.shape, 2 * margin), bool), margin)
-    return [inside & (field > 1.3 * field.std()) for field in (one, 0.6 * one + 0.4 * other)]
-
-
 def border_points(mask, spacing):
     """Return the places (mm) of the voxels with one of 6 neighbours outside of the mask."""
     padded, inner = np.pad(mask, 1), (slice(1, -1),) * 3
@@ -123,7 +111,11 @@ def border_points(mask, spacing):
 def test_surfaces_agree_with_deepminds_package_and_with_all_pairs_of_surface_voxels():
     spacings = (1, 1, 1), (0.8, 0.8, 0.8), (0.5, 0.9, 2.2)
     for spacing, (seed, margin) in product(spacings, ((0, 3), (1, 0), (2, 0))):
-        pred, label = make_blobs(seed, margin)
+        # Two alike masks of smooth blobs, so many voxels away from the volume's edge.
+        noise = np.random.default_rng(seed).normal(size=(2, 20, 22, 18))
+        one, other = (ndimage.gaussian_filter(volume, 1.5) for volume in noise)
+        inside = np.pad(np.ones(np.subtract(one.shape, 2 * margin), bool), margin)
+        pred, label = (inside & (f > 1.3 * f.std()) for f in (one, 0.6 * one + 0.4 * other))
         assert label[[0, -1]].any() == pred[..., [0, -1]].any() == (margin == 0)
         row = train_pvs.calculate_boundary_metrics(pred, label, np.array(spacing))
         distances = surface_distance.compute_surface_distances(label, pred, spacing)

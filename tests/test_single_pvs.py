@@ -11,13 +11,11 @@ from sklearn.metrics import average_precision_score
 import train_pvs
 
 SIDES = (0.5, 0.7, 1.0)  # mm
+TURN = Rotation.from_euler("xyz", (20, -10, 30), degrees=True).as_matrix()
 GRIDS = {
     "RAS": np.diag([*SIDES, 1]),
     "LAS": np.diag([-0.5, 0.7, 1, 1]),
-    "oblique": nib.affines.from_matvec(
-        Rotation.from_euler("xyz", (20, -10, 30), degrees=True).as_matrix() @ np.diag(SIDES),
-        (7, 8, 9),
-    ),
+    "oblique": nib.affines.from_matvec(TURN @ np.diag(SIDES), (7, 8, 9)),
 }
 
 
@@ -25,32 +23,25 @@ def measure(mask, affine, **settings):
     return train_pvs.measure_components(train_pvs.number_components(mask), affine, **settings)
 
 
-def draw_rod(affine, length, diameter, direction):
-    """Return the voxels whose centres lie in a rod about the middle of a volume, and that point."""
-    middle = nib.affines.apply_affine(affine, (24.5, 24.5, 24.5))
-    places = nib.affines.apply_affine(affine, np.indices((50, 50, 50)).reshape(3, -1).T) - middle
-    along = places @ direction
-    away = np.linalg.norm(places - along[:, None] * direction, axis=1)
-    return ((abs(along) <= length / 2) & (away <= diameter / 2)).reshape(50, 50, 50), middle
-
-
 @pytest.mark.parametrize("grid", GRIDS)
 def test_rod_has_its_length_width_and_direction_in_any_grid(grid):
     direction = np.array([np.sin(np.pi / 6), 0, np.cos(np.pi / 6)])  # 30 degrees from upwards
-    rod, middle = draw_rod(GRIDS[grid], 14, 2.5, direction)
+    # All voxels with their centres in a rod of 14 x 2.5 mm about the middle of the volume.
+    indices = np.indices((50, 50, 50)).reshape(3, -1).T
+    places = nib.affines.apply_affine(GRIDS[grid], indices - 24.5) - GRIDS[grid][:3, 3]
+    along = places @ direction
+    away = np.linalg.norm(places - along[:, None] * direction, axis=1)
+    rod = ((abs(along) <= 14 / 2) & (away <= 2.5 / 2)).reshape(50, 50, 50)
     (row,) = measure(rod, GRIDS[grid])
-    assert row["length_mm"] == pytest.approx(14, rel=0.1)
-    assert row["width_mm"] == pytest.approx(2.5, rel=0.1)
+    assert (row["length_mm"], row["width_mm"]) == pytest.approx((14, 2.5), rel=0.1)
     assert row["volume_mm3"] == pytest.approx(rod.sum() * 0.35, rel=1e-4)
     found = [row[f"orientation_{axis}"] for axis in "xyz"]
     assert np.dot(found, direction) > np.cos(np.radians(3))
     assert np.linalg.norm(found) == pytest.approx(1, abs=1e-4)
     # A rod of length L and diameter D has the variances L^2 / 12 and D^2 / 16.
     assert row["linearity"] == pytest.approx(1 - 12 * 2.5**2 / (16 * 14**2), abs=0.01)
-    centre = [row[f"{axis}_mm"] for axis in "xyz"]
-    assert centre == pytest.approx(middle, abs=0.1)
-    own = nib.affines.apply_affine(GRIDS[grid], np.argwhere(rod)).mean(0)
-    assert centre == pytest.approx(own, rel=1e-4)
+    centre = nib.affines.apply_affine(GRIDS[grid], np.argwhere(rod)).mean(0)
+    assert [row[f"{axis}_mm"] for axis in "xyz"] == pytest.approx(centre, rel=1e-4)
 
 
 def test_pvs_of_a_voxel_a_line_a_plane_and_a_ball_have_defined_values():
@@ -61,10 +52,8 @@ def test_pvs_of_a_voxel_a_line_a_plane_and_a_ball_have_defined_values():
     rows = {name: measure(mask, affine)[0] for name, mask in shapes.items()}
     # A ball of diameter D has the variance D^2 / 20. Boxes of n voxels have the length 0.8 n; the
     # cylinder of a voxel is 2 * 0.8 / sqrt(pi) wide.
-    lengths = {name: row["length_mm"] for name, row in rows.items()}
-    assert lengths == pytest.approx(
-        {"voxel": 0.8, "line": 5.6, "plane": 5.6, "ball": 4.9}, abs=0.06
-    )
+    lengths = {"voxel": 0.8, "line": 5.6, "plane": 5.6, "ball": 4.9}
+    assert {n: row["length_mm"] for n, row in rows.items()} == pytest.approx(lengths, abs=0.06)
     assert rows["voxel"]["width_mm"] == pytest.approx(1.6 / np.pi**0.5, rel=1e-4)
     flat = {name: row["linearity"] for name, row in rows.items()}
     assert flat == {"voxel": 0, "line": pytest.approx(1 - 1 / 49, abs=1e-4), "plane": 0, "ball": 0}
@@ -77,23 +66,19 @@ def test_pvs_are_numbered_by_size_and_matched_by_their_best_counterpart():
     label[1:7, 1, 1] = label[1, 4, 4] = True  # 6 voxels and 1
     pred[0:3, 1, 1] = pred[4:6, 1, 1] = pred[8, 4, 4] = pred[9, 5, 5] = True  # 3, 2 and 2
     true, found = map(train_pvs.number_components, (label, pred))
-    assert [np.bincount(numbers.ravel())[1:].tolist() for numbers in (true, found)] == [
-        [6, 1],
-        [3, 2, 2],
-    ]
+    sizes = [np.bincount(numbers.ravel())[1:].tolist() for numbers in (true, found)]
+    assert sizes == [[6, 1], [3, 2, 2]]
     assert found.dtype == np.uint16
     prob = np.full(label.shape, 0.6, np.float32)
     prob[0, 1, 1] = 0.9
     rows = train_pvs.measure_components(found, np.eye(4), prob, true)
     # 2 of 3 voxels lie in the first one: 2 / (3 + 6 - 2); then 2 / 6.
-    assert [(row["matched"], row["iou"]) for row in rows] == [
-        (True, pytest.approx(2 / 7, abs=1e-5)), (True, pytest.approx(1 / 3, abs=1e-5)), (False, 0)
-    ]  # fmt: skip
+    assert [row["iou"] for row in rows] == pytest.approx([2 / 7, 1 / 3, 0], abs=1e-5)
+    assert [row["matched"] for row in rows] == [True, True, False]
     assert rows[0]["mean_probability"] == pytest.approx(0.7)
     rows = train_pvs.measure_components(true, np.eye(4), other=found)
-    assert [(row["iou"], row["mean_probability"]) for row in rows] == [
-        (pytest.approx(1 / 3, abs=1e-5), None), (0, None)
-    ]  # fmt: skip
+    assert [row["iou"] for row in rows] == pytest.approx([1 / 3, 0], abs=1e-5)
+    assert [row["mean_probability"] for row in rows] == [None, None]
 
 
 def test_busiest_section_is_of_one_hemisphere_and_sides_change_names_only():
@@ -104,10 +89,8 @@ def test_busiest_section_is_of_one_hemisphere_and_sides_change_names_only():
     affine = np.diag([0.8, 0.8, 2, 1])
     middle = nib.affines.apply_affine(affine, (9.5, 0, 0))
     assert train_pvs.rate_busiest_section(mask, affine, middle) == (8, 1, "left", 6.0)
-    mirrored = train_pvs.rate_busiest_section(mask[::-1], affine, middle)
-    assert mirrored == (8, 1, "right", 6.0)
-    turned = np.diag([-0.8, 0.8, 2, 1])
-    turned[0, 3] = 0.8 * 19
+    assert train_pvs.rate_busiest_section(mask[::-1], affine, middle) == (8, 1, "right", 6.0)
+    turned = nib.affines.from_matvec(np.diag([-0.8, 0.8, 2]), (0.8 * 19, 0, 0))
     assert train_pvs.rate_busiest_section(mask[::-1], turned, middle) == (8, 1, "left", 6.0)
     assert train_pvs.rate_busiest_section(0 * mask, affine, middle) == (0, 0, "n/a", None)
     for count, grade in {1: 1, 10: 1, 11: 2, 20: 2, 21: 3, 40: 3, 41: 4}.items():
@@ -130,16 +113,13 @@ def test_average_precision_is_scikit_learns_and_counts_ties_at_once():
 def test_centreline_dice_of_equal_disjoint_and_broken_tubes():
     tube = np.zeros((40, 12, 12), bool)
     tube[5:35, 5:8, 5:8] = True
-    assert train_pvs.calculate_cldice(tube, tube) == 1
-    assert train_pvs.calculate_cldice(tube, np.roll(tube, 5, 1)) == 0
-    assert train_pvs.calculate_cldice(tube, tube & False) == 0
-    assert train_pvs.calculate_cldice(tube & False, tube & False) == 1
+    pairs = (tube, tube), (tube, np.roll(tube, 5, 1)), (tube, tube & False), 2 * [tube & False]
+    assert [train_pvs.calculate_cldice(*pair) for pair in pairs] == [1, 0, 0, 1]
     broken = tube.copy()
     broken[15:25] = False
     # All of the broken one's centreline lies in the tube, 2/3 of the tube's in the broken one.
-    assert train_pvs.calculate_cldice(broken, tube) == pytest.approx(
-        2 * 2 / 3 / (1 + 2 / 3), abs=0.03
-    )
+    expected = pytest.approx(2 * 2 / 3 / (1 + 2 / 3), abs=0.03)
+    assert train_pvs.calculate_cldice(broken, tube) == expected
 
 
 def test_participants_are_joined_by_their_id(tmp_path):
