@@ -233,7 +233,8 @@ def test_full_disk_is_told_for_each_file_and_survived(again, heads, monkeypatch,
     trained(again(out=whole))
     kinds = "cache split.json best_model.pth last.pth training_history.json mask.nii.gz "
     kinds += "multi_plane dataset_description.json comprehensive_test_metrics.json agreement.jpg "
-    kinds += "test_metrics.csv test_set_visualization_grid_300dpi.jpg training_curves.jpg"
+    kinds += "test_metrics.csv test_set_visualization_grid_300dpi.jpg training_curves.jpg "
+    kinds += (single := "dseg.nii.gz dseg.tsv seg-PVS_dseg.json ")
     assert fill_disk(monkeypatch, again) == set(kinds.split())
     assert outcome(tmp_path / "out") == outcome(whole)
     monkeypatch.undo()
@@ -242,7 +243,8 @@ def test_full_disk_is_told_for_each_file_and_survived(again, heads, monkeypatch,
     best = ("--checkpoint", whole / "checkpoints" / "best_model.pth", "--save-probabilities")
     log, flags = ["predict.log"], ("--predict", *scans, *best, *MACHINE, "--output-dir")
     found = fill_disk(monkeypatch, lambda *more: call(*flags, tmp_path / "predicted", *more))
-    kinds = "dataset_description.json mask.nii.gz probseg.nii.gz multi_plane participants_pvs.csv"
+    kinds = single + "dataset_description.json mask.nii.gz probseg.nii.gz multi_plane "
+    kinds += "participants_pvs.csv"
     assert found == set(kinds.split())
     done(call(*flags, tmp_path / "calm"))
     assert snapshot(tmp_path / "predicted", log) == snapshot(tmp_path / "calm", log)
