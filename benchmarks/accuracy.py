@@ -88,13 +88,17 @@ def prepare_data(options):
     if not kept.exists():
         if not options.data_dir:
             heads.main([str(data), str(sum(options.heads))])
-        cases = train_pvs.find_cases(train_pvs.Config(DATA_DIR=str(data)))
+        cfg = train_pvs.Config(DATA_DIR=str(data))
+        cases = train_pvs.find_cases(cfg)
         subjects = [case.subject for case in cases]
         train, val, end = np.cumsum(options.heads)
         split = {"train": subjects[:train], "val": subjects[train:val], "test": subjects[val:end]}
         write_json(options.work / "split.json", split)
         heads.rescan_cases([case for case in cases if case.subject in split["test"]], other)
-        told = {"data": str(options.data_dir or "simulated heads"), "length": length_words(options)}
+        told = {"data": train_pvs.data_set_name(cfg), "length": length_words(options)}
+        first = nib.load(cases[0].image)
+        told["scans"] = " x ".join(map(str, first.shape)) + " voxels of "
+        told["scans"] += train_pvs.spacing_words(train_pvs.ras_spacing(first.affine))
         write_json(kept, told | {"heads": options.heads, "data_dir": str(data.resolve())})
     split = json.loads((options.work / "split.json").read_text())
     return json.loads(kept.read_text())["data_dir"], other, split
@@ -245,9 +249,10 @@ def write_tables(top, output):
     for kept in sorted(top.glob("*/settings.json")):
         results, told = read_rows(kept.parent), json.loads(kept.read_text())
         counts = "{} heads to train, {} to validate, {} to test".format(*told["heads"])
+        counts += f", of {told['scans']}; {platform.machine()}."
         for name, title in SETS.items() if results else ():
-            made = f"{Path(told['data']).name}, {told['length']}, {title}"
-            parts.append(f"## {made[0].upper()}{made[1:]}\n\n{counts}; {platform.machine()}.\n")
+            made = f"{told['data']}, {told['length']}, {title}"
+            parts.append(f"## {made[0].upper()}{made[1:]}\n\n{counts}\n")
             parts.append(f"| recipe | {' | '.join(titles)} |\n|{' --- |' * (len(titles) + 1)}")
             parts += [describe_row(row, results, name) for row in results]
             parts[-1] += "\n"

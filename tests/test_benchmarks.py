@@ -125,7 +125,7 @@ def test_accuracys_table_has_means_and_paired_differences_over_heads_and_seeds(t
 
     keep("published", 0.1, 0.2, 0.3, 0.2)
     keep("native", 0.5, 0.6, 0.8, 0.7)
-    told = {"data": "heads", "length": "3 minutes", "heads": (7, 8, 9)}
+    told = {"data": "heads", "length": "3 minutes", "heads": (7, 8, 9), "scans": "x"}
     accuracy.write_json(tmp_path / "heads" / "settings.json", told)
     accuracy.write_tables(tmp_path, tmp_path / "table.md")
     published, native = rows_of(tmp_path / "table.md", "recipe")[:2]
