@@ -208,9 +208,10 @@ def test_case(predictor, case):
     prob = probs[1].transpose(2, 1, 0)
     label = np.asarray(nib.load(case.label).dataobj) > 0
     affine = torch.from_numpy(nib.load(case.image).affine)
-    entry = {"native_affine": affine, "label": torch.from_numpy(label)[None]}
+    entry = dict.fromkeys(("native_affine", "affine"), affine)
+    entry |= dict.fromkeys(("label", "image"), torch.from_numpy(label)[None])  # one grid
     pred, case = prob > 0.5, dataclasses.replace(case, roundtrip_dice=1.0)  # not in the tables
-    row = train_pvs.score_case(case, entry, pred, pred, label)
+    row = train_pvs.score_case(case, entry, pred, prob, pred, label)
     preds = (prob > threshold for threshold in accuracy.THRESHOLDS)
     return row, [train_pvs.calculate_metrics(pred, label)["dice"] for pred in preds]
 
