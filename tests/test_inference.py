@@ -98,7 +98,6 @@ def prepare(tmp_path):
 @pytest.mark.parametrize("tolerance", [0, 0.3])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_working_grid_of_the_scans_own_spacing_loses_nothing(grid, tolerance, prepare, tiny_config):
-    """Mask and prediction come back to the very voxels, and between them nothing is smoothed."""
     affine, shape, pix_dim = GRIDS[grid]
     image, label = make_scan(shape)
     # Percentiles 0 and 100 of the head take 400 to 0 and 800 to 1: the logits are -5 and 5.
@@ -164,7 +163,6 @@ SCANS = [
 
 
 def test_written_volume_has_the_geometry_of_the_scans_header_and_nothing_else(tmp_path):
-    """No scaling, no display range and no words of the scan go along with a mask."""
     prob = np.random.default_rng(1).random((5, 6, 7)).astype(np.float32)
     scan_path, path = tmp_path / "scan.nii", tmp_path / "a" / "pred.nii.gz"
     for qform, sform, shape, kind, endianness, units in SCANS:

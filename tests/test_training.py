@@ -246,7 +246,6 @@ def test_learning_rate_is_reduced_on_a_plateau_of_the_validation_loss(fit):
 
 @pytest.mark.parametrize("name", ["last.pth", "best_model.pth"])
 def test_late_best_weights_survive_a_full_disk(fit, monkeypatch, tmp_path, name):
-    """The validation of the last epoch, out of turn, finds the best weights."""
     real, settings = train_pvs.write_torch, {"VAL_EVERY": 3, "EPOCHS": 7}
 
     def write(path, content):
