@@ -119,7 +119,6 @@ def test_bfloat16_gradients_of_every_layer_are_right_where_it_is_used(tiny_confi
 
 
 def test_runs_equal_each_other_resumed_and_with_workers(data, tiny_config, tmp_path):
-    """In bfloat16 too, where the processor has it."""
     cfg = tiny_config(DATA_DIR=str(data), OUTPUT_DIR=str(tmp_path / "out"), EPOCHS=2)
     cases = train_pvs.prepare_cases(train_pvs.find_cases(cfg), cfg)
     split = train_pvs.split_cases(cases, cfg)
