@@ -165,7 +165,7 @@ class Machine(Settings):
     DEVICE: str = "auto"  # auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...
     ENGINE: str = "torch"  # of tests on CPUs; openvino (pip install openvino) takes 2/3 of the time
     NUM_WORKERS: int = 8  # processes that prepare volumes and cut patches
-    SW_BATCH_SIZE: int = 4  # windows at once on a GPU; on a CPU it is one, as fast
+    SW_BATCH_SIZE: int = 4  # windows at once; on a CPU at most what 96 x 96 x 96 voxels hold
 
 
 class Config(Machine, Decision, Length, Training, Network, Grid, Split, Output, Data, Settings):
@@ -2023,7 +2023,8 @@ def predict_logits(model, image, cfg, overlap, mirrored=()):
             logits = model(network_input(windows, device, cfg)).float()
         return mirror(logits, places) if mirrored else logits
 
-    at_once = cfg.SW_BATCH_SIZE if device.type == "cuda" else 1
+    few = max(1, 96**3 // math.prod(cfg.IMG_PATCH_SIZE))  # on a CPU more take memory, not less time
+    at_once = cfg.SW_BATCH_SIZE if device.type == "cuda" else min(few, cfg.SW_BATCH_SIZE)
     settings = {"roi_size": cfg.IMG_PATCH_SIZE, "sw_batch_size": at_once}
     settings |= {"overlap": overlap, "mode": "gaussian", "with_coord": True}
     if mirrored:  # MONAI rounds a step down
