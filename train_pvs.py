@@ -1981,8 +1981,9 @@ class OpenVINO(nn.Module):
         self.compiled = openvino.Core().compile_model(converted, "CPU", how)
 
     def forward(self, image):
-        """Return the logits of a window."""
-        return torch.from_numpy(self.compiled(image.contiguous().numpy())[0])
+        """Return the logits (B, 1, H, W, D) of windows, one after another."""
+        windows = image.contiguous().numpy()
+        return torch.from_numpy(np.concatenate([self.compiled(w[None])[0] for w in windows]))
 
 
 def for_inference(model, cfg):
