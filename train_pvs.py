@@ -447,7 +447,8 @@ if __name__ == "__main__" and process_number("WORLD_SIZE") == 1:
     try:  # --help and what is wrong are told before the imports, which take seconds
         require_data_folder(*parse_command_line(sys.argv[1:]))
     except ValueError as error:
-        sys.exit(print(f"Error: {error}", file=sys.stderr) or 2)
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 with warnings.catch_warnings():  # timm 0.9.7 imports what is deprecated
     warnings.simplefilter("ignore")
@@ -689,7 +690,8 @@ def join_participants(rows, folders):
     tables = {}
     for folder in {*folders}:
         path = Path(folder) / "participants.tsv"
-        with suppress(FileNotFoundError), open(path, newline="", encoding="utf-8-sig") as file:
+        how = {"newline": "", "encoding": "utf-8-sig", "errors": "replace"}
+        with suppress(OSError, csv.Error), open(path, **how) as file:  # it stops no run
             known = csv.DictReader(file, delimiter="\t")
             tables[folder] = {row.get("participant_id"): row for row in known}
     names = list(dict.fromkeys(name for t in tables.values() for row in t.values() for name in row))
@@ -1309,7 +1311,7 @@ def to_native_grid(volume, entry):
     volume, affine = MetaTensor(volume, affine=entry["affine"]), entry["native_affine"].clone()
     length, *section = entry["native_shape"]
     native = torch.empty(1, length, *section)
-    for slab in native.split(32, dim=1):  # MONAI takes some 30 bytes a voxel for their places
+    for slab in native.split(32, dim=1):  # MONAI holds the places of all voxels that it fills
         target = {"dst_affine": affine, "spatial_size": slab.shape[1:]}
         slab.copy_(resample(volume, **target).as_tensor())
         affine[:3, 3] += slab.shape[1] * affine[:3, 0]
@@ -2024,7 +2026,7 @@ def predict_logits(model, image, cfg, overlap, mirrored=()):
             logits = model(network_input(windows, device, cfg)).float()
         return mirror(logits, places) if mirrored else logits
 
-    few = max(1, 96**3 // math.prod(cfg.IMG_PATCH_SIZE))  # on a CPU more take memory, not less time
+    few = max(1, 96**3 // math.prod(cfg.IMG_PATCH_SIZE))  # on a CPU more take much memory
     at_once = cfg.SW_BATCH_SIZE if device.type == "cuda" else min(few, cfg.SW_BATCH_SIZE)
     settings = {"roi_size": cfg.IMG_PATCH_SIZE, "sw_batch_size": at_once}
     settings |= {"overlap": overlap, "mode": "gaussian", "with_coord": True}
@@ -2464,7 +2466,7 @@ def save_epoch(run, state, split, improved, in_turn):
         elif improved:
             write_torch(run.best, best)
         write_json(run.history, history)
-        # Late: a run that is killed before goes through the epoch again, and writes it all again.
+        # A run that is killed before this goes through the epoch again, and writes it all again.
         write_torch(run.last, last)
         if late:  # the former best lies in last.pth now
             write_torch(run.best, best)

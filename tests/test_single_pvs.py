@@ -115,7 +115,7 @@ def test_centreline_dice_of_equal_disjoint_and_broken_tubes():
 
 
 def test_participants_are_joined_by_their_id(tmp_path):
-    (tmp_path / "participants.tsv").write_bytes(b"participant_id\tage\tname\r\nsub-1\t61\tx\r\n")
+    (tmp_path / "participants.tsv").write_bytes(b"participant_id\tage\tname\r\nsub-1\t61\t\xe9\r\n")
     rows = [{"participant_id": f"sub-{n}", "name": "own"} for n in (1, 2)]
     joined = train_pvs.join_participants(rows, 2 * [str(tmp_path)])
     assert [(row["name"], row["age"]) for row in joined] == [("own", "61"), ("own", None)]
