@@ -19,12 +19,14 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports, which take seconds
 
 import argparse
+import base64
 import csv
 import difflib
 import fcntl
 import functools
 import gzip
 import hashlib
+import html
 import importlib.metadata
 import importlib.util
 import inspect
@@ -44,10 +46,11 @@ import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from string import Template
 
 import numpy as np
 
@@ -456,6 +459,9 @@ with warnings.catch_warnings():  # timm 0.9.7 imports what is deprecated
     import nibabel as nib
     import segmentation_models_pytorch_3d as smp
     import torch
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import to_rgb
+    from matplotlib.patheffects import withStroke
     from monai import transforms as mt
     from monai.data import MetaTensor
     from monai.inferers import sliding_window_inference
@@ -463,6 +469,7 @@ with warnings.catch_warnings():  # timm 0.9.7 imports what is deprecated
     from monai.losses.cldice import soft_skel
     from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
     from monai.networks.nets import DynUNet
+    from PIL import Image
     from scipy import ndimage, stats
     from scipy.spatial.transform import Rotation
     from sklearn.metrics import cohen_kappa_score
@@ -715,6 +722,7 @@ FILES = {  # of a run, in the order in which --overwrite gives them up
     **{"scores": "logs/comprehensive_test_metrics.json", "table": "logs/test_metrics.csv"},
     **{"burden": "logs/participants_pvs.csv", "curves": "training_curves.jpg"},
     **{"overview": "test_set_visualization_grid_300dpi.jpg", "agreement": "agreement.jpg"},
+    "report": "report.html",
 }
 
 
@@ -724,6 +732,7 @@ class Run:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.logs, self.predictions = self.folder / "logs", self.folder / "predictions"
+        self.board = self.logs / "tensorboard"
         self.description = self.predictions / "dataset_description.json"
         for name, path in FILES.items():
             setattr(self, name, self.folder / path)
@@ -731,7 +740,8 @@ class Run:
     def results(self):
         """Return the files of a former run that are there."""
         masks = ("label-PVS_desc-*.nii.gz", "seg-PVS_desc-*.nii.gz", "seg-PVS_desc-*.tsv")
-        patterns = ("multi_plane/sub-*.png", *(f"predictions/sub-*/**/*_{kind}" for kind in masks))
+        patterns = ["multi_plane/sub-*.png", "logs/tensorboard/events.*"]
+        patterns += [f"predictions/sub-*/**/*_{kind}" for kind in masks]
         return [f for p in (*FILES.values(), *patterns) for f in self.folder.glob(p)]
 
     def open(self, name, replaceable, anew=False):
@@ -2355,11 +2365,14 @@ def fit(run, model, cfg, split, last=None):
     history, ended = progress["history"], stops_early(progress, cfg)
     if former_best and first_process():  # its validation was out of turn
         write_torch(run.best, {key: last[key] for key in former_best} if ended else former_best)
-    with ThreadPoolExecutor(1) as writer:  # an error leaves when all is written
+    board = open_tensorboard(run, len(history))
+    with board as board, ThreadPoolExecutor(1) as writer:  # an error leaves when all is written
         while not ended:
             in_turn = not history or (len(history) + 1) % cfg.VAL_EVERY == 0
             row = train_and_validate(parallel, state, loader, split["val"], in_turn)
             history.append(row)
+            if board:
+                write_scalars(board, row)
             improved = row["val_dice"] is not None and row["val_dice"] > progress["best_dice"]
             if in_turn:
                 if cfg.LR_SCHEDULE == "plateau":
@@ -2370,7 +2383,7 @@ def fit(run, model, cfg, split, last=None):
                 writing.result()  # raises its errors
             if first_process():
                 writing = writer.submit(save_epoch(run, state, split, improved, in_turn))
-            log_epoch(history, improved, cfg)
+            log_epoch(history, improved, split, cfg)
             ended = stops_early(progress, cfg)
             if row["epoch"] == 50 and progress["best_dice"] == 0 and not improved:
                 log.warning("Warning: validation Dice is still 0; going on. %s", advice(cfg))
@@ -2408,6 +2421,28 @@ def stops_early(progress, cfg):
     elif late and len(progress["history"]) < cfg.EPOCHS:
         log.info("Stopped after %g minutes of training", cfg.MAX_MINUTES)
     return early or late
+
+
+def open_tensorboard(run, epochs):
+    """Return a context that gives a writer of TensorBoard's files, or None if it is not installed.
+
+    What a killed run wrote of more than `epochs` epochs is taken back.
+    """
+    if not first_process() or not importlib.util.find_spec("tensorboard"):
+        log.info("TensorBoard     off; to watch the training: pip install tensorboard")
+        return nullcontext()
+    from torch.utils.tensorboard import SummaryWriter
+
+    log.info("TensorBoard     tensorboard --logdir %s", run.board)
+    return SummaryWriter(run.board, purge_step=epochs + 1)
+
+
+def write_scalars(board, row):
+    """Write a row of the history for TensorBoard: loss/train, loss/val, dice/train, .., lr."""
+    for key, value in row.items():
+        if value is not None and key != "epoch":
+            board.add_scalar("/".join(reversed(key.split("_"))), value, row["epoch"])
+    board.flush()
 
 
 def train_and_validate(parallel, state, loader, val_cases, in_turn):
@@ -2474,14 +2509,26 @@ def save_epoch(run, state, split, improved, in_turn):
     return write
 
 
-def log_epoch(history, improved, cfg):
-    """Print the last epoch's row, `*` for the best validation Dice so far, and the time left."""
+def seconds_of_test(history, split, cfg):
+    """Return how long the windows of the test will take, reckoned from the last validation's."""
+    views = 2 ** len(FLIPS[cfg.FLIP_AXES]) if cfg.TTA_FLIPS == "full" else 1
+    windows = views * ((1 - cfg.VAL_OVERLAP) / (1 - cfg.SW_OVERLAP)) ** 3
+    last = next((row["val_seconds"] for row in reversed(history) if row["val_loss"] is not None), 0)
+    return last * windows * len(split["test"]) / len(split["val"])
+
+
+def log_epoch(history, improved, split, cfg):
+    """Print the last epoch's row, `*` for the best validation Dice so far, and the time left.
+
+    That is of training, validations and test.
+    """
     row = history[-1]
     if len(history) == 1:
         log.info("epoch  train loss   Dice    val loss   Dice         LR  seconds  time left")
     loss, dice = ("-" if row[k] is None else f"{row[k]:.4f}" for k in ("val_loss", "val_dice"))
     left = (cfg.EPOCHS - row["epoch"]) * np.mean([r["seconds"] for r in history[-20:]])
-    left = timedelta(seconds=round(max(min(left, seconds_left(history, cfg)), 0)))
+    left = max(min(left, seconds_left(history, cfg)), 0) + seconds_of_test(history, split, cfg)
+    left = timedelta(seconds=round(left))
     cells = [loss, dice, "*" if improved else " ", row["lr"], row["seconds"], left]
     cells = [row["epoch"], row["train_loss"], row["train_dice"], *cells]
     log.info("%5d %11.4f %6.4f %11s %6s%s %9.1e %8.1f %10s", *cells)
@@ -2736,23 +2783,24 @@ def write_nifti(path, volume, scan_path):
     write_file(path, gzip.compress(nifti.to_bytes(), 4, mtime=0))
 
 
-def write_prediction(run, case, affine, pred, prob, cfg, label=None):
+def write_prediction(run, case, affine, pvs, prob, cfg):
     """Write a mask, native grid, into the BIDS derivative `predictions`; return its path.
 
-    Beside it its PVS, numbered, and the table of them; of the `label`, where there is one, too.
+    Beside it its PVS, numbered, and the table of them; of the ground truth, if it is known, too.
+    `pvs`: {"prediction": by `number_components`, "ground truth": likewise}.
     """
+    numbered, true = pvs["prediction"], pvs.get("ground truth")
     sessions = re.findall(r"_(ses-[^_]+)", case.name)
     folder = Path(run.predictions, case.subject, *sessions[:1], "anat")
     name = f"{case.name}_label-PVS_desc-{NETWORKS[cfg.ARCHITECTURE][1]}"
     if cfg.SAVE_PROBABILITIES:
         write_nifti(folder / f"{name}_probseg.nii.gz", prob, case.image)
-    write_nifti(folder / f"{name}_mask.nii.gz", pred.astype(np.uint8), case.image)
-    numbered, true = (m if m is None else number_components(m) for m in (pred, label))
+    write_nifti(folder / f"{name}_mask.nii.gz", (numbered > 0).astype(np.uint8), case.image)
     numbers = folder / name.replace("_label-", "_seg-")  # BIDS has it so
     write_nifti(f"{numbers}_dseg.nii.gz", numbered, case.image)
     rows = measure_components(numbered, affine, prob, true)
     write_tsv(f"{numbers}_dseg.tsv", PVS_COLUMNS, rows)
-    if label is not None:
+    if true is not None:
         manual = folder / f"{case.name}_seg-PVS_desc-manual_dseg"
         write_nifti(f"{manual}.nii.gz", true, case.image)
         rows = measure_components(true, affine, other=numbered)
@@ -2791,43 +2839,167 @@ def write_description(run, scans, made):
 
 # ----------------------------------------------------------------------------------------- Figures
 
-PLANES = {"axial": (2, "RL"), "coronal": (1, "RL"), "sagittal": (0, "AP")}  # axis cut, sides shown
-COLOURS = {"ground truth": (1.0, 0.15, 0.1), "prediction": (0.1, 0.9, 0.2)}  # red, green
+# The axis that a plane cuts; what lies at its picture's left, right, bottom and top.
+PLANES = {"axial": (2, "RLPA"), "coronal": (1, "RLIS"), "sagittal": (0, "APIS")}
+EDGES = (("left", 0.02, 0.5), ("right", 0.98, 0.5), ("bottom", 0.5, 0.02), ("top", 0.5, 0.98))
+# The colour-blind tell these colours apart, in grey they differ in brightness (Okabe, Ito 2008).
+OUTLINES = {"ground truth": "#D55E00", "prediction": "#F0E442"}
+KINDS = {"found": "#56B4E9", "missed": "#D55E00", "invented": "#F0E442"}
+MAGNIFIED = 40  # mm, the side of the magnified part
 DARK = {"layout": "constrained", "facecolor": "black"}
+MARK = {"color": "white", "path_effects": [withStroke(linewidth=2, foreground="black")]}
 
 
-def cut(volumes, plane):
-    """Cut RAS volumes, {"image": .., masks}, where the first mask with any voxel has most of them.
+@dataclass
+class Section:
+    """A section through a scan, cropped to the head; rows go up, columns to the right."""
 
-    Returns ({name: slice for imshow's origin "lower"}, which slice in words). On the picture's left
-    is the subject's right, or in sagittal slices anterior.
+    title: str
+    sides: str  # as in PLANES
+    spacing: np.ndarray  # mm, across and up
+    image: np.ndarray  # (rows, columns), in [0, 1]
+    pvs: dict  # {name in OUTLINES: numbered PVS (rows, columns)}
+    kind: np.ndarray  # (rows, columns): 1, 2, 3 where a PVS is of the first, .. of KINDS
+
+    def size(self):
+        """Return its width and height in mm."""
+        return self.image.shape[::-1] * self.spacing
+
+
+def sort_pvs(true, found):
+    """Return which voxels (X, Y, Z) are of PVS found (1), missed (2) or invented (3), uint8.
+
+    `true`, `found`: PVS of ground truth and prediction by `number_components`. Those that share a
+    voxel are found, as by the rule "any overlap".
     """
-    axis = PLANES[plane][0]
-    across = tuple(other for other in range(3) if other != axis)
-    counts = [mask.sum(across) for name, mask in volumes.items() if name in COLOURS and mask.any()]
-    count = volumes["image"].shape[axis]
-    index = counts[0].argmax() if counts else count // 2
-    slices = {n: np.flip(np.take(v, index, axis), 0).T.copy() for n, v in volumes.items()}
-    return slices, f"{plane}, slice {index + 1} of {count}"
+    both, touched = (true > 0) & (found > 0), np.zeros(true.shape, bool)
+    for components in (true, found):
+        hit = np.zeros(int(components.max()) + 1, bool)
+        hit[components[both]] = True
+        touched |= hit[components]
+    return np.select([touched, true > 0, found > 0], [1, 2, 3], 0).astype(np.uint8)
 
 
-def draw_row(axes, slices, titles, plane, spacing):
-    """Draw a slice alone and under each mask, sides marked at the edges.
+def cut_sections(image, affine, pvs, entry):
+    """Cut a scan (X, Y, Z) and its numbered PVS in three planes; return a list of Sections.
 
-    `slices`: {"image": 2D in [0, 1], "ground truth", "prediction" or both: 2D bool}; `titles`: one
-    a panel; `spacing`: mm, of the RAS volume.
+    A section has the most voxels of the ground truth, else of the prediction. Where there are none,
+    the axial one lies 55 mm below the head's top, in the centrum semiovale, the sagittal one 25 mm
+    beside the middle. `entry`: the scan on the working grid, whose box holds the head.
     """
-    axis, sides = PLANES[plane]
-    across, up = np.delete(spacing, axis)
-    for ax, (name, mask), title in zip(axes, slices.items(), titles, strict=True):
-        shown = np.repeat(slices["image"][..., None], 3, 2)
-        if name in COLOURS:
-            shown[mask] = 0.2 * shown[mask] + 0.8 * np.array(COLOURS[name])
-        ax.imshow(shown, origin="lower", interpolation="nearest", aspect=up / across)
-        for x, side, ha in zip((0.02, 0.98), sides, ("left", "right"), strict=True):
-            ax.text(x, 0.5, side, color="white", size=8, va="center", ha=ha, transform=ax.transAxes)
-        ax.set_title(title, color="white", size=9)
-        ax.set_axis_off()
+    low, high = np.percentile(image[::3, ::3, ::3], (1, 99.8))
+    kind = sort_pvs(*pvs.values()) if len(pvs) == 2 else (pvs["prediction"] > 0).astype(np.uint8)
+    volumes = {"image": np.clip((image - low) / max(high - low, 1e-6), 0, 1), "kind": kind} | pvs
+    turn, spacing, whole = nib.io_orientation(affine), ras_spacing(affine), np.array(image.shape)
+    whole = whole[np.argsort(turn[:, 0])]
+    affine = affine @ nib.orientations.inv_ornt_aff(turn, image.shape)
+    ends = [*itertools.product(*((0, n - 1) for n in entry["image"].shape[1:]))]
+    ends = nib.affines.apply_affine(np.linalg.inv(affine) @ entry["affine"].numpy(), ends)
+    first = np.floor(ends.min(0)).clip(0, whole - 1).astype(int)
+    box = tuple(map(slice, first, np.ceil(ends.max(0)).astype(int) + 1))
+    volumes = {name: nib.apply_orientation(v, turn)[box] for name, v in volumes.items()}
+    shape, sections = np.array(volumes["image"].shape), []
+    usual = [shape[0] / 2 + 25 / spacing[0], shape[1] / 2, shape[2] - 55 / spacing[2]]
+    for plane, (axis, sides) in PLANES.items():
+        across = tuple(other for other in range(3) if other != axis)
+        counts = [np.count_nonzero(volumes[name], across) for name in pvs]
+        most = [count.argmax() for count in counts if count.any()]
+        index = most[0] if most else int(np.clip(usual[axis], 0, shape[axis] - 1))
+        place = first + shape // 2
+        place[axis] = first[axis] + index
+        mm = nib.affines.apply_affine(affine, place)[axis]
+        title = f"{plane} {place[axis] + 1} of {whole[axis]}, {'xyz'[axis]} = {mm:.0f} mm"
+        cut = {n: np.flip(np.take(v, index, axis), 0).T.copy() for n, v in volumes.items()}
+        shown = cut.pop("image"), {name: cut[name] for name in pvs}, cut["kind"]
+        sections.append(Section(title, sides, np.delete(spacing, axis), *shown))
+    return sections
+
+
+def find_busiest(section):
+    """Return the window (left, right, bottom, top), mm, with the most voxels of PVS."""
+    sides = np.minimum(np.ceil(MAGNIFIED / section.spacing).astype(int), section.kind.shape[::-1])
+    near = ndimage.uniform_filter((section.kind > 0).astype(float), sides[::-1], mode="constant")
+    most = np.unravel_index(near.argmax(), near.shape) if near.any() else np.divide(near.shape, 2)
+    low = (most[::-1] - sides // 2).clip(0, near.shape[::-1] - sides) * section.spacing
+    return low[0], low[0] + MAGNIFIED, low[1], low[1] + MAGNIFIED
+
+
+def find_edges(mask):
+    """Return the edges of the voxels of a 2D mask, (E, 2 ends, 2), in columns and rows."""
+    padded, edges = np.pad(mask, 1).astype(np.int8), []
+    for axis, inner in enumerate((padded[:, 1:-1], padded[1:-1])):
+        rows, columns = np.nonzero(np.diff(inner, axis=axis))
+        edges.append(np.stack([columns, rows, columns + 1 - axis, rows + axis], 1))
+    return np.concatenate(edges).reshape(-1, 2, 2)
+
+
+def paint(section):
+    """Return a section's picture (rows, columns, RGB) with its PVS in the colours of KINDS."""
+    picture = np.repeat(section.image[..., None], 3, 2)
+    for number, colour in enumerate(KINDS.values(), 1):
+        picture[section.kind == number] = to_rgb(colour)
+    return picture
+
+
+def draw_panel(ax, section, picture, title, widths=None, window=None):
+    """Draw a section's picture in mm, all or a window of it, with its sides and a scale bar.
+
+    `widths`: in points, of the outlines of ground truth and prediction; None: there are none.
+    """
+    extent = (0, section.size()[0], 0, section.size()[1])
+    options = {"origin": "lower", "extent": extent, "interpolation": "nearest"}
+    ax.imshow(picture, cmap="gray", vmin=0, vmax=1, **options)
+    for name, width in zip(OUTLINES, widths or (), strict=False):
+        if name in section.pvs:
+            edges = find_edges(section.pvs[name] > 0) * section.spacing
+            ax.add_collection(LineCollection(edges, colors=OUTLINES[name], lw=width))
+    left, right, bottom, top = window or extent
+    ax.set(xlim=(left, right), ylim=(bottom, top))
+    bar, x, y = 10 if window else 30, left + 0.04 * (right - left), bottom + 0.04 * (top - bottom)
+    ax.plot([x, x + bar], [y, y], lw=2, solid_capstyle="butt", **MARK)
+    ax.annotate(f"{bar} mm", (x, y), (0, 3), textcoords="offset points", size=7, **MARK)
+    for letter, (side, across, up) in zip("" if window else section.sides, EDGES, strict=False):
+        align = {"ha": side if up == 0.5 else "center", "va": side if across == 0.5 else "center"}
+        ax.text(across, up, letter, size=8, transform=ax.transAxes, **align, **MARK)
+    ax.set_title(title, color="white", size=9)
+    ax.set_axis_off()
+
+
+def draw_row(axes, section):
+    """Draw a section: as it is; outlined; of a tested scan its PVS by KINDS; magnified."""
+    counts = {name: len(np.unique(pvs[pvs > 0])) for name, pvs in section.pvs.items()}
+    outlined = ", ".join(f"{name}: {count or 'no'} PVS" for name, count in counts.items())
+    left, right, bottom, top = window = find_busiest(section)
+    frame = {"fill": False, "color": "white", "lw": 0.7}
+    axes[0].add_patch(plt.Rectangle((left, bottom), right - left, top - bottom, **frame))
+    draw_panel(axes[0], section, section.image, section.title)
+    draw_panel(axes[1], section, section.image, outlined, (1.2, 0.5))
+    if len(counts) == 2:
+        true, pred = section.pvs.values()
+        own = zip(KINDS, (true, true, pred), strict=True)
+        of_kind = [
+            (name, pvs[(section.kind == n) & (pvs > 0)]) for n, (name, pvs) in enumerate(own, 1)
+        ]
+        told = ", ".join(f"{len(np.unique(pvs))} {name}" for name, pvs in of_kind)
+        draw_panel(axes[2], section, paint(section), told)
+    draw_panel(axes[-1], section, section.image, "magnified", (3, 1.5), window)
+
+
+def draw_sections(path, sections, title):
+    """Draw sections, a row each, all to one scale, with a legend; title of two lines."""
+    shown = {name: plt.Line2D([], [], color=OUTLINES[name]) for name in sections[0].pvs}
+    if len(shown) == 2:
+        shown |= {name: plt.Rectangle((0, 0), 1, 1, color=KINDS[name]) for name in KINDS}
+    columns = 4 if len(shown) > 2 else 3
+    scale = 3.2 / max(section.size()[0] for section in sections)  # inches a mm
+    heights = [scale * section.size()[1] + 0.3 for section in sections]
+    size = {"figsize": (3.2 * columns, sum(heights) + 0.9), "height_ratios": heights}
+    figure, axes = plt.subplots(len(sections), columns, squeeze=False, **size, **DARK)
+    for line, section in zip(axes, sections, strict=True):
+        draw_row(line, section)
+    legend = {"loc": "outside lower center", "ncols": len(shown), "labelcolor": "white"}
+    figure.legend(shown.values(), shown, frameon=False, **legend)
+    write_figure(path, figure, title)
 
 
 def write_figure(path, figure, title):
@@ -2840,54 +3012,34 @@ def write_figure(path, figure, title):
     write_file(path, buffer.getbuffer())
 
 
-def draw_case(run, case, image, affine, masks, title):
-    """Draw a scan in three planes, alone and under each mask, all (X, Y, Z) on the native grid.
-
-    `masks`: {"ground truth": bool, "prediction": bool}, or one of them. Returns (axial slices,
-    which they are, spacing) for `draw_test_grid`.
-    """
-    low, high = np.percentile(image[::3, ::3, ::3], (1, 99.8))
-    volumes = {"image": np.clip((image - low) / max(high - low, 1e-6), 0, 1)} | masks
-    turn, spacing = nib.io_orientation(affine), ras_spacing(affine)
-    volumes = {name: nib.apply_orientation(volume, turn) for name, volume in volumes.items()}
-    figure, axes = plt.subplots(3, len(volumes), figsize=(3 * len(volumes), 10), **DARK)
-    cuts = {plane: cut(volumes, plane) for plane in PLANES}
-    for line, (plane, (slices, place)) in zip(axes, cuts.items(), strict=True):
-        titles = [place, *(f"{name}, {slices[name].sum()} voxels" for name in masks)]
-        draw_row(line, slices, titles, plane, spacing)
-    write_figure(run.folder / "multi_plane" / f"{case.name}.png", figure, title)
-    return *cuts["axial"], spacing
+def draw_case(run, case, sections, title):
+    """Draw the three sections of a scan, `multi_plane/NAME.png`."""
+    draw_sections(run.folder / "multi_plane" / f"{case.name}.png", sections, title)
 
 
 def describe_scores(row, affine, cfg):
     """Return the title of a test case's figure: its scores, each with its grid."""
-    scores = "   ".join(f"{title} {row[f'native_{name}']:.3f}" for name, title in METRICS.items())
+    scores = ", ".join(f"{name} {row[f'native_{key}']:.3f}" for key, name in METRICS.items())
     burden = [f"{row[f'count_{s}']} PVS, {row[f'volume_ml_{s}']:.2f} ml" for s in ("label", "pred")]
-    back = "undefined" if row["roundtrip_dice"] is None else f"Dice {row['roundtrip_dice']:.3f}"
-    title = f"{row['name']}   {scores}\nnative grid, {spacing_words(ras_spacing(affine))}; "
-    title += f"the ground truth taken to the working grid and back: {back}\n"
-    title += (
-        f"Dice {row['dice']:.3f} on the {describe_grid(cfg)}\n{burden[0]} in the ground truth; "
-    )
-    return title + f"{burden[1]} predicted\n{data_set_name(cfg)}"
+    grid = spacing_words(ras_spacing(affine))
+    title = f"{row['name']}, {data_set_name(cfg)}: {burden[0]} in the ground truth; {burden[1]} "
+    title += f"predicted\n{scores} on the native grid, {grid}"
+    return title + f"; Dice {row['dice']:.3f} on the {describe_grid(cfg)}"
 
 
-def draw_test_grid(run, rows, cuts, cfg, most=10):
-    """Draw the axial slice with the most PVS of every test case, a row each.
+def draw_test_grid(run, rows, sections, cfg, most=10):
+    """Draw the axial section with the most PVS of every test case, a row each.
 
-    `cuts`: of `draw_case`. Of more than `most` cases those evenly spread from worst to best Dice.
+    Of more than `most` cases those evenly spread from worst to best Dice.
     """
-    ranked = sorted(zip(rows, cuts, strict=True), key=lambda pair: pair[0]["native_dice"])
+    ranked = sorted(zip(rows, sections, strict=True), key=lambda pair: pair[0]["native_dice"])
     spread = np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(int)
-    size = (9, 0.8 + 3.4 * len(spread))
-    figure, axes = plt.subplots(len(spread), 3, squeeze=False, figsize=size, **DARK)
-    for line, place in zip(axes, spread, strict=True):
-        row, (slices, which, spacing) = ranked[place]
-        told = f"prediction, Dice {row['native_dice']:.3f}"
-        titles = (f"{row['name']}, {which}", "ground truth", told)
-        draw_row(line, slices, titles, "axial", spacing)
-    shown = f"{len(spread)} of {len(rows)} test cases, worst to best; native grid"
-    write_figure(run.overview, figure, f"{data_set_name(cfg)}\n{shown}")
+    shown = []
+    for row, section in (ranked[place] for place in spread):
+        title = f"{row['name']}, Dice {row['native_dice']:.3f}\n{section.title}"
+        shown.append(replace(section, title=title))
+    told = f"{len(spread)} of {len(rows)} test cases, worst to best Dice of the native grid"
+    draw_sections(run.overview, shown, f"{data_set_name(cfg)}\n{told}")
 
 
 def draw_agreement(run, rows, burden, cfg):
@@ -2901,7 +3053,8 @@ def draw_agreement(run, rows, burden, cfg):
             title += "" if result[key] is None else f", {text} {result[key]:.3f}"
         scatter.plot([0, end], [0, end], color="0.6", lw=1, label="identity")
         scatter.plot(label, pred, "o", alpha=0.7)
-        scatter.set(xlim=(-0.03 * end, end), ylim=(-0.03 * end, end), aspect="equal", title=title)
+        scatter.set(xlim=(-0.03 * end, end), ylim=(-0.03 * end, end), aspect="equal")
+        scatter.set_title(title, color="0.6" if len(rows) < 10 else "black")
         scatter.set(xlabel=f"ground truth, {unit}", ylabel=f"prediction, {unit}")
         bland.axhline(0, color="0.6", lw=1, label="no error")
         bland.plot((label + pred) / 2, pred - label, "o", alpha=0.7)
@@ -2915,7 +3068,7 @@ def draw_agreement(run, rows, burden, cfg):
     for ax in axes.flat:
         ax.grid(alpha=0.3)
         ax.legend()
-    few = "" if len(rows) >= 3 else "; fewer than 3, no statistics"
+    few = "; fewer than 10 show no correlation" if len(rows) < 10 else ""
     title = f"{data_set_name(cfg)}\n{len(rows)} test cases, native grid{few}"
     write_figure(run.agreement, figure, title)
 
@@ -2929,17 +3082,143 @@ def draw_training_curves(run, cfg):
     panels = {"loss": ("train_loss", "val_loss")}
     panels |= {f"Dice, {describe_grid(cfg)}": ("train_dice", "val_dice"), "learning rate": ("lr",)}
     told = {"train": "training patches", "val": "validation volumes", "lr": "learning rate"}
+    best = max(history, key=lambda row: row["val_dice"] or 0)["epoch"]
     for ax, (title, keys) in zip(axes, panels.items(), strict=True):
         for key in keys:
             points = [(row["epoch"], row[key]) for row in history if row[key] is not None]
             ax.plot(*np.transpose(points), ".-", label=told[key.split("_")[0]])
+        ax.axvline(best, color="0.4", ls=":", label=f"best validation Dice, epoch {best}")
         ax.set(title=title, xlabel="epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.legend()
         ax.grid(alpha=0.3)
     axes[1].set_ylim(0, 1)
-    axes[2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     write_figure(run.curves, figure, data_set_name(cfg))
+
+
+# ------------------------------------------------------------------------------------------ Report
+
+PAGE = Template("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>$title</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 80rem; padding: 1rem }
+div { overflow-x: auto }
+img { max-width: 100% }
+td img { display: block; height: 8rem; max-width: none }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { border-bottom: 1px solid #ccc; padding: .3rem .6rem; text-align: right }
+th { position: sticky; top: 0; background: #fff }
+th:first-child, td:first-child, .words * { text-align: left }
+.words td { overflow-wrap: anywhere }
+button { background: none; border: 0; cursor: pointer; font: inherit; text-decoration: underline }
+[aria-sort=ascending] button::after { content: " \\2191" }
+[aria-sort=descending] button::after { content: " \\2193" }
+</style>
+<h1>$title</h1>
+$parts
+<script>
+const table = document.querySelector(".scans"), body = table.tBodies[0];
+[...table.rows[0].cells].forEach((head, column) => head.firstChild.onclick = () => {
+  const up = head.ariaSort != "ascending", known = row => row.cells[column].dataset.value;
+  for (const other of table.rows[0].cells) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", up ? "ascending" : "descending");
+  const order = (a, b) => a - b || String(a).localeCompare(b), rows = [...body.rows];
+  rows.sort((a, b) => order(known(a), known(b)) * (up ? 1 : -1));
+  body.append(...rows.filter(known), ...rows.filter(row => !known(row)));
+});
+</script>
+</html>
+""")
+# Columns of the page's scans: key of a row: title. The first one orders the rows.
+TESTED = {"native_dice": "native Dice", "lesion_f1_any": "F1 of PVS", "hd95_mm": "HD95, mm"}
+TESTED |= {"count_label": "PVS", "count_pred": "predicted", "volume_ml_label": "ml"}
+TESTED |= {"volume_ml_pred": "predicted, ml", "grade_label": "grade", "grade_pred": "predicted"}
+COUNTED = {"count": "PVS", "volume_ml": "ml", "section_count": "on the busiest section"}
+COUNTED |= {"grade": "its grade, 0 to 4", "seen_in": "seen in"}
+
+
+def thumbnail(section):
+    """Return a section, its PVS painted, as a small picture in a data URL."""
+    picture = Image.fromarray((255 * np.flipud(paint(section))).astype(np.uint8))
+    width, height = section.size()
+    picture, buffer = picture.resize((round(256 * width / height), 256)), io.BytesIO()
+    picture.save(buffer, "JPEG")
+    return embed(buffer.getvalue())
+
+
+def embed(picture):
+    """Return the bytes of a JPEG as a data URL."""
+    return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+
+
+def read_thumbnails(run):
+    """Return {name of a scan: its thumbnail} of a page that was written before."""
+    page = run.report.read_text(encoding="utf-8") if run.report.exists() else ""
+    return dict(re.findall(r'href="multi_plane/([^"]+)\.png"><img alt="" src="([^"]+)"', page))
+
+
+def to_html(titles, rows, kind=""):
+    """Return an HTML table; its cells are words, numbers, None or (value to sort by, HTML)."""
+    lines = ""
+    for row in rows:
+        lines += "\n<tr>"
+        for value, shown in (cell if isinstance(cell, tuple) else (cell, None) for cell in row):
+            text = "" if value is None else html.escape(str(value))
+            number = f"{value:.3f}" if isinstance(value, float) else text
+            lines += f'<td data-value="{text}">{shown or number}</td>'
+        lines += "</tr>"
+    heads = "".join(f"<th>{title}</th>" for title in titles)
+    table = f'<table class="{kind}"><thead><tr>{heads}</tr></thead><tbody>{lines}\n</tbody></table>'
+    return f"<div>{table}</div>"
+
+
+def describe_run(run, cfg, blocks):
+    """Return the parts of the page above its scans: scores, figures, split, settings."""
+    scores, parts = [], []
+    for _, place, _ in SCORES if blocks else ():
+        known = look_up(blocks, place)
+        ends = known["ci95"] or (None, None)
+        numbers = known["mean"], *ends, known["sd"], known["median"], known["n"]
+        scores.append([place.replace("_", " "), *numbers])
+    if scores:
+        titles = ("score", "mean", "95 % from", "to", "SD", "median", "scans")
+        parts += ["<h2>Scores</h2>", to_html(titles, scores)]
+    for name, picture in {"Training": run.curves, "Agreement": run.agreement}.items():
+        if picture.exists():
+            image = f'<img alt="{name}" src="{embed(picture.read_bytes())}">'
+            parts += [f"<h2>{name}</h2>", image]
+    if run.split.exists():
+        split = [
+            (part, len(names), " ".join(names)) for part, names in read_json(run.split).items()
+        ]
+        parts += ["<h2>Split</h2>", to_html(("part", "subjects", ""), split, "words")]
+    edited = [(n, words(value), words(known)) for n, (value, known) in find_edited(cfg).items()]
+    table = to_html(("setting", "value", "published"), edited, "words")
+    return [*parts, "<h2>Settings that differ from the published ones</h2>", table]
+
+
+def write_report(run, cfg, title, columns, rows, thumbnails, blocks=None):
+    """Write `report.html`, one page to look at; figures of scans lie beside it.
+
+    `columns`: TESTED or COUNTED, keys of `rows`, which have a `name` too; `thumbnails`: {name: data
+    URL}; `blocks`: of `summarise_all`, of tested scans.
+    """
+    first, lines = next(iter(columns)), []
+    for row in sorted(rows, key=lambda row: float(row[first]), reverse=columns is COUNTED):
+        name, picture = row["name"], thumbnails.get(row["name"], "")
+        shown = f'<a href="multi_plane/{name}.png"><img alt="" src="{picture}">{name}</a>'
+        lines.append([(name, shown), *(row[key] for key in columns)])
+    kinds = KINDS if blocks else {"predicted": KINDS["found"]}
+    told = "".join(f'<b style="background: {c}">&emsp;</b> {kind}, ' for kind, c in kinds.items())
+    told = f"<p>{told}a section of each. A heading sorts, a picture opens its figure.</p>"
+    made = f"train_pvs.py {VERSION}, {datetime.now():%Y-%m-%d %H:%M}. For research only."
+    heads = [f"<button>{head}</button>" for head in ("scan", *columns.values())]
+    parts = [f"<p>{made}</p>", *describe_run(run, cfg, blocks), f"<h2>{len(rows)} scans</h2>"]
+    parts += [told, to_html(heads, lines, "scans")]
+    page = PAGE.substitute(title=html.escape(title), parts="\n".join(parts))
+    write_file(run.report, page)
 
 
 # --------------------------------------------------------------------------------------- Demo data
@@ -3083,25 +3362,27 @@ def warn_of_doubts(case, entry, cautions, contents):
 
 
 def segment_scan(run, model, case, contents, cfg):
-    """Segment a scan, write and draw its mask; return its row of `participants_pvs.csv`."""
+    """Segment a scan, write and draw its mask; return its row of PREDICTED and its thumbnail."""
     image, cautions = read_scan(case.image)
     entry = to_working_grid({"image": image}, cfg)
     warn_of_doubts(case, entry, cautions, contents)
     prob, affine = predict_case(model, entry, cfg)[1], entry["native_affine"].numpy()
     pred = decide(prob, affine, cfg)
-    mask = write_prediction(run, case, affine, pred, prob, cfg)
+    pvs = {"prediction": number_components(pred)}
+    mask = write_prediction(run, case, affine, pvs, prob, cfg)
     rating = rate_busiest_section(pred, affine, middle_of_head(entry))
-    count, volume = ndimage.label(pred, TOUCHING)[1], volume_ml(pred, affine)
-    title = f"{case.name}: {count} PVS, {volume:.3f} ml predicted\nnative grid, "
-    title += f"{spacing_words(ras_spacing(affine))}\npredicted on the {describe_grid(cfg)}"
-    title += f"\nnetwork trained on: {training_set(contents)}"
-    draw_case(run, case, np.asarray(image[0]), affine, {"prediction": pred}, title)
+    count, volume = int(pvs["prediction"].max()), volume_ml(pred, affine)
+    title = f"{case.name}: {count or 'no'} PVS predicted, {volume:.3f} ml, "
+    title += f"{spacing_words(ras_spacing(affine))}\nnetwork trained on: {training_set(contents)}"
+    title += f"; {describe_grid(cfg)}"
+    sections = cut_sections(np.asarray(image[0]), affine, pvs, entry)
+    draw_case(run, case, sections, title)
     found, every = hash_voxels(image), [content for _, content in contents]
     seen = [part for part in ("train", "val", "test") if found in seen_hashes(every, part)]
     row = case.subject, case.name, count, volume, *rating, "".join(seen[:1]), training_set(contents)
     row += (float(np.mean([content["history_row"]["val_dice"] or 0 for content in every])),)
     row += case.image, hash_file(case.image), os.path.relpath(mask, run.logs)
-    return dict(zip(PREDICTED, row, strict=True))
+    return dict(zip(PREDICTED, row, strict=True)), thumbnail(sections[0])
 
 
 def training_set(contents):
@@ -3164,11 +3445,15 @@ def predict_scans(run, model, cases, contents, rows, cfg):
     problems, waiting = [], [case for case in cases if case.name not in rows]
     if len(waiting) < len(cases):
         log.info("Done before     %d of %d scans", len(cases) - len(waiting), len(cases))
-    scans = {case.image for case in cases} | {row["scan"] for row in rows.values()}
+    scans, small = {case.image for case in cases}, read_thumbnails(run)
+    title = f"PVS predicted by a network trained on {training_set(contents)}"
+    scans |= {row["scan"] for row in rows.values()}
     write_description(run, scans, describe_prediction(contents, cfg))
     for case in Progress(waiting, "predicting"):
         try:
-            row = rows[case.name] = segment_scan(run, model, case, contents, cfg)
+            row, small[case.name] = segment_scan(run, model, case, contents, cfg)
+            rows[case.name] = row
+            write_report(run, cfg, title, COUNTED, rows.values(), small)
             write_burden(run, [*rows.values()])
             log.info("%(name)s: %(count)d PVS, %(volume_ml).3f ml", row)
         except ValueError as error:
@@ -3190,11 +3475,18 @@ def predict_scans(run, model, cases, contents, rows, cfg):
 FAILURES = (ValueError, OSError, EOFError, ArithmeticError, RuntimeError, MemoryError)
 
 
+def find_edited(cfg):
+    """Return {name: (value, published value)} of the settings that differ from the published."""
+    published = {name: PUBLISHED.get(name, getattr(Config, name)) for name in names(Config)}
+    return {n: (v, published[n]) for n, v in asdict(cfg).items() if v != published[n]}
+
+
 def log_settings(cfg, options, title):
     """Print the title, every setting that differs from the published one, and overridden edits."""
     log.info("%s, %s", datetime.now().isoformat(" ", "seconds"), title)
+    edited_ones = find_edited(cfg)
     for name, value in asdict(cfg).items():
-        if options.check or value != PUBLISHED.get(name, getattr(Config, name)):
+        if options.check or name in edited_ones:
             log.info("  %-21s %s", name, words(value))
         edited = options.edited.get(name, value)
         if edited != value and name not in {"OUTPUT_DIR", *options.given}:
@@ -3327,11 +3619,12 @@ def evaluate(run, model, cases, contents, cfg):
         affine = entry["native_affine"].numpy()
         pred = decide(prob, affine, cfg)
         working_pred = decide(working_prob, entry["affine"].numpy(), cfg)
-        write_prediction(run, case, affine, pred, prob, cfg, label)
+        pvs = {"ground truth": number_components(label), "prediction": number_components(pred)}
+        write_prediction(run, case, affine, pvs, prob, cfg)
         rows.append(score_case(case, entry, working_pred, prob, pred, label))
-        masks = {"ground truth": label, "prediction": pred}
-        title = describe_scores(rows[-1], affine, cfg)
-        cuts.append(draw_case(run, case, image, affine, masks, title))
+        sections = cut_sections(image, affine, pvs, entry)
+        draw_case(run, case, sections, describe_scores(rows[-1], affine, cfg))
+        cuts.append(sections[0])
     rows, cuts = gather(rows), gather(cuts)
     if first_process():
         made = describe_prediction(contents, cfg)
@@ -3346,6 +3639,9 @@ def evaluate(run, model, cases, contents, cfg):
         draw_test_grid(run, rows, cuts, cfg)
         draw_agreement(run, rows, blocks["burden"], cfg)
         draw_training_curves(run, cfg)
+        small = {row["name"]: thumbnail(cut) for row, cut in zip(rows, cuts, strict=True)}
+        title = f"Test on {len(rows)} scans, {data_set_name(cfg)}"
+        write_report(run, cfg, title, TESTED, rows, small, blocks)
         log_test_table(rows, blocks, cfg)
         if run.folder.name == f"fold-{cfg.FOLD}" and run.best.exists():  # no external test
             pool_folds(run, cfg)
