@@ -26,16 +26,6 @@ class Pointwise(nn.Module):
         return self.weight * image + self.shift
 
 
-def test_blended_logits_of_any_shape_are_those_of_the_model_in_float32(tiny_config):
-    for shape in ((5, 7, 3), (16, 16, 16), (17, 23, 9), (33, 16, 20)):
-        model, image = Pointwise(), torch.rand(1, *shape).half()  # as it lies in the cache
-        logits = train_pvs.predict_logits(model, image, tiny_config(AMP=False), 0.5)
-        assert logits.dtype == torch.float32
-        torch.testing.assert_close(logits, (10 * image.float() - 5)[None], atol=1e-4, rtol=0)
-        shapes = {window.shape for window in model.seen}
-        assert shapes == {(16, 16, 16)}  # the patch's size, also if it is larger
-
-
 def affine_of(codes, spacing, turn=(0, 0, 0)):
     """Return an affine whose axes run to these sides, `spacing` along them, turned by degrees."""
     to_ras = nib.orientations.inv_ornt_aff(nib.orientations.axcodes2ornt(codes), (1, 1, 1))
@@ -110,8 +100,10 @@ def test_working_grid_of_the_scans_own_spacing_loses_nothing(grid, tolerance, pr
     assert case.native_voxels == case.working_voxels == label.sum()
     back = train_pvs.to_native_grid(entry["label"].float(), entry)[0].numpy() > 0.5
     assert np.array_equal(back, label > 0)
-    _, prob = train_pvs.predict_case(Pointwise(), entry, cfg)
+    model = Pointwise()
+    _, prob = train_pvs.predict_case(model, entry, cfg)
     assert np.array_equal(prob > 0.5, label > 0)
+    assert {window.shape for window in model.seen} == {(16, 16, 16)}  # also if it is larger
     # Every native voxel in the box is one of the working grid's, with its value.
     values = 0.1 + torch.rand(entry["label"].shape)
     native = train_pvs.to_native_grid(values, entry)[0].numpy()
@@ -127,16 +119,24 @@ def test_coarser_grid_costs_what_an_independent_computation_says(prepare, tiny_c
         affine, shape, _ = GRIDS[grid]
         image, label = make_scan(shape)
         for pix_dim in ((1.4, 1.4, 1.4), (1.2, 1.8, 1.4)):
-            cfg = tiny_config(PIX_DIM=pix_dim, AMP=False)
+            cfg = tiny_config(PIX_DIM=pix_dim, AMP=False, INTENSITY_PERCENTILES=(0, 100))
             case, entry = prepare(affine, image, label, cfg)
             # There: the native voxel nearest to each working one; half-way it may be either.
             working_affine, mask = entry["affine"].numpy(), entry["label"][0].numpy()
             assert nib.affines.voxel_sizes(working_affine) == pytest.approx(pix_dim)
+            assert nib.aff2axcodes(working_affine) == ("R", "A", "S")
             places = places_of(mask.shape, working_affine, affine)
             nearest = ndimage.map_coordinates(label, places, order=0)
             clear = (np.abs(places % 1 - 0.5) > 1e-3).all(0)
             assert nearest[clear].any()
             assert np.array_equal(nearest[clear], mask[clear])
+            # In the head (the air is darkened) one scaling is left of what lies between voxels.
+            got, tissue = entry["image"][0].float().numpy(), (image > 0).astype(float)
+            linear = ndimage.map_coordinates(image.astype(float), places, order=1)
+            inner = (ndimage.map_coordinates(tissue, places, order=1) > 0.999) & (got < 1)
+            scale, start = np.polyfit(linear[inner], got[inner], 1)
+            np.testing.assert_allclose(got[inner], scale * linear[inner] + start, atol=1e-3)
+            assert (scale > 0, got.min(), got.max()) == (True, 0, 1)
             # And back: between the working voxels, the probability and not the mask.
             back = interpolate(mask.astype(float), working_affine, affine, shape)
             assert np.abs(back - 0.5).min() > 1e-4  # so that rounding decides nothing
@@ -146,7 +146,7 @@ def test_coarser_grid_costs_what_an_independent_computation_says(prepare, tiny_c
             assert 0 < case.roundtrip_dice < 1
             working, native = train_pvs.predict_case(Pointwise(), entry, cfg)
             assert (working.dtype, native.dtype) == (np.float32, np.float32)
-            expected = special.expit(10 * entry["image"][0].float().numpy() - 5)
+            expected = special.expit(10 * got - 5)
             np.testing.assert_allclose(working, expected, atol=1e-4)
             expected = interpolate(working, working_affine, affine, shape)
             np.testing.assert_allclose(native, expected, atol=1e-3)
