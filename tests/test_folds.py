@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import train_pvs
 from conftest import LEARNING, MACHINE, image_path, make_subjects, save_nifti, scores
 from running import array_of, call, done, draw_nothing, refused, trained
 
@@ -30,21 +29,6 @@ def folds(tmp_path_factory):
             tables.append(json.loads((out / "cross_validation.json").read_text()))
     best = [out / f"fold-{fold}" / "checkpoints" / "best_model.pth" for fold in (1, 2, 3)]
     return SimpleNamespace(data=data, out=out, best=best, printed=printed, tables=tables)
-
-
-def test_folds_test_every_subject_once_with_all_its_scans(tiny_config):
-    for count, number in ((5, 2), (5, 5), (7, 3), (12, 5)):
-        names = [(f"sub-{n:03d}", f"sub-{n:03d}_ses-{s}") for n in range(count) for s in (1, 2)]
-        cases, tested = [train_pvs.Case(*name, "scan.nii") for name in names], []
-        for fold in range(1, number + 1):
-            split = train_pvs.split_cases(cases, tiny_config(FOLDS=number, FOLD=fold))
-            parts = [[case.name for case in part] for part in split.values()]
-            assert min(map(len, parts)) > 0
-            assert sorted(name for part in parts for name in part) == [c.name for c in cases]
-            subjects = [{case.subject for case in part} for part in split.values()]
-            assert sum(map(len, subjects)) == count  # no subject is in two parts
-            tested += [case.name for case in split["test"]]
-        assert sorted(tested) == [case.name for case in cases]
 
 
 def test_every_finished_fold_adds_its_subjects_to_one_table(folds):

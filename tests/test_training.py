@@ -118,34 +118,6 @@ def test_bfloat16_gradients_of_every_layer_are_right_where_it_is_used(tiny_confi
         assert max(errors.values()) > 1e-5  # it was bfloat16
 
 
-def test_runs_equal_each_other_resumed_and_with_workers(data, tiny_config, tmp_path):
-    cfg = tiny_config(DATA_DIR=str(data), OUTPUT_DIR=str(tmp_path / "out"), EPOCHS=2)
-    cases = train_pvs.prepare_cases(train_pvs.find_cases(cfg), cfg)
-    split = train_pvs.split_cases(cases, cfg)
-
-    def finish(name, last=None, **settings):
-        changed, run = train_pvs.replace(cfg, **settings), train_pvs.Run(tmp_path / name)
-        torch.rand(7)  # other random numbers were drawn before
-        train_pvs.fit(run, train_pvs.build_model(changed), changed, split, last)
-        history = json.loads(run.history.read_text())
-        weights = train_pvs.read_checkpoint(run.last)["model"]
-        return [{k: v for k, v in row.items() if "seconds" not in k} for row in history], weights
-
-    finish("half", EPOCHS=1)
-    half = train_pvs.read_checkpoint(train_pvs.Run(tmp_path / "half").last)
-    for name, settings in {"usual": {}, "float32": {"AMP": False}}.items():
-        history, weights = finish(name, **settings)
-        assert len(history) == 2
-        others = [finish(f"{name}-workers", NUM_WORKERS=2, **settings)]
-        others += [] if settings else [finish("resumed", half)]
-        for other, again in others:
-            assert other == history
-            assert all(torch.equal(weights[key], again[key]) for key in weights)
-    usual = json.loads(train_pvs.Run(tmp_path / "usual").history.read_text())
-    same = [row["train_loss"] for row in usual] == [row["train_loss"] for row in history]
-    assert same == (not BFLOAT16)
-
-
 def test_small_network_learns_a_single_volume(tmp_path, tiny_config):
     label = np.zeros((32, 32, 32), np.int16)
     for x, y in [(8, 8), (8, 22), (22, 8), (22, 22), (15, 15)]:
@@ -263,23 +235,6 @@ def test_late_best_weights_survive_a_full_disk(fit, monkeypatch, tmp_path, name)
     # A run of 9 epochs has not seen that validation.
     fit(Scripted((9,)), train_pvs.read_checkpoint(run.last), VAL_EVERY=3, EPOCHS=9)
     assert train_pvs.read_checkpoint(run.best)["history_row"]["epoch"] == 1
-
-
-def test_validation_out_of_turn_chooses_weights_but_moves_neither_schedule_nor_stopping(fit):
-    """In turn are the first epoch and every third; the last one is validated all the same."""
-    states = []
-    for found in (9, 5, 30):  # in the last epoch: the best so far, a worse one, a better one
-        history, run = fit(Scripted((9, 9, 9, found), (10, 10, 10, 99)), EPOCHS=7, VAL_EVERY=3)
-        for key in ("val_loss", "val_dice"):
-            assert [row["epoch"] for row in history if row[key] is not None] == [1, 3, 6, 7]
-        last = train_pvs.read_checkpoint(run.last)
-        states.append((last["plateau"], last["progress"]["waited"]))
-        best = train_pvs.read_checkpoint(run.best)["history_row"]["epoch"]
-        assert best == (7 if found == 30 else 1)
-    assert states[0] == states[1] == states[2]
-    plateau, waited = states[0]
-    # Two validations after the first, none with a better loss or Dice.
-    assert (plateau["last_epoch"], plateau["num_bad_epochs"], waited) == (3, 2, 2)
 
 
 def test_training_ends_with_a_validated_epoch_when_its_minutes_are_over(fit, capsys):
