@@ -232,9 +232,10 @@ def test_late_best_weights_survive_a_full_disk(fit, monkeypatch, tmp_path, name)
     found = (30,) if name == "last.pth" else ()  # else the epoch is done
     fit(Scripted(found), train_pvs.read_checkpoint(run.last), **settings)
     assert train_pvs.read_checkpoint(run.best)["history_row"]["epoch"] == 7
-    # A run of 9 epochs has not seen that validation.
+    # A run of 9 epochs has not seen that validation; those of 3, 6 and 9 are no better than 1's.
     fit(Scripted((9,)), train_pvs.read_checkpoint(run.last), VAL_EVERY=3, EPOCHS=9)
     assert train_pvs.read_checkpoint(run.best)["history_row"]["epoch"] == 1
+    assert train_pvs.read_checkpoint(run.last)["progress"]["waited"] == 3
 
 
 def test_training_ends_with_a_validated_epoch_when_its_minutes_are_over(fit, capsys):
