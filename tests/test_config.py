@@ -97,9 +97,10 @@ def test_flag_wins_over_recipe_and_recipe_over_config():
 # What a user may write into Config: the value that is used.
 TAKEN = {"PIX_DIM": ("1.0", (1.0, 1.0, 1.0)), "IMG_PATCH_SIZE": ("96", (96, 96, 96))}
 TAKEN |= {"DATA_DIR": ('Path("scans") / "mine"', os.path.abspath("scans/mine"))}
-TAKEN |= {"OUTPUT_DIR": ('"~/x"', os.path.expanduser("~/x")), "CACHE_DIR": ("None", "")}
+TAKEN |= {"OUTPUT_DIR": ('"~/x"', os.path.expanduser("~/x"))}
+TAKEN |= {"CACHE_DIR": ('Path("~/x")', os.path.expanduser("~/x"))}
 TAKEN |= {"EPOCHS": ("2.0", 2), "BATCH_SIZE": ("np.int64(3)", 3), "LR": ("1", 1.0)}
-TAKEN |= {"INTENSITY_PERCENTILES": ("[1, 99]", (1.0, 99.0)), "AMP": ("False", False)}
+TAKEN |= {"INTENSITY_PERCENTILES": ("np.array([1, 99])", (1.0, 99.0)), "AMP": ("False", False)}
 TAKEN |= {"ENCODER_NAME": ('"efficientnet-" + "b2"', "efficientnet-b2")}
 
 
@@ -110,10 +111,6 @@ def test_what_is_written_into_config_is_taken_where_it_can_be_meant(tmp_path):
         wanted = TAKEN[name][1] if name in TAKEN else default
         assert getattr(cfg, name) == wanted, name
         assert type(getattr(cfg, name)) is type(wanted), name
-    edits = {"PIX_DIM": "np.array([1, 2, 3])", "CACHE_DIR": 'Path("~/cache")'}
-    cfg, _ = edited_copy(tmp_path, **edits).parse_command_line([])
-    assert cfg.PIX_DIM == (1.0, 2.0, 3.0)
-    assert os.path.expanduser("~/cache") == cfg.CACHE_DIR
 
 
 WRONG_EDITS = {"AMP": '"no"', "EPOCHS": "2.5", "LR": '"fast"', "PIX_DIM": "(1, 1)", "DEVICE": "0"}

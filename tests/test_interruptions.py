@@ -291,23 +291,13 @@ def test_more_epochs_on_resuming_give_the_run_that_had_them_from_the_start(heads
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
-def test_resume_needs_no_other_flags_and_names_those_that_contradict(copied, no_figures):
+def test_resume_needs_no_other_flags_and_warns_of_other_versions(copied, no_figures):
     resume = functools.partial(call, "--resume", "--output-dir", copied.out)
     expected = outcome(copied.out)
     assert "Resumed         after epoch 4" in done(resume())
     assert outcome(copied.out) == expected
-    before = snapshot(copied.out / "checkpoints")
-    flags = ("--lr", 1e-4, "--batch-size", 2, "--seed", 5, "--epochs", 9, "--decoder-width", 2)
-    err = refused(resume(*flags, "--data-dir", copied.out / "gone"))  # before data are read
-    last = copied.out / "checkpoints" / "last.pth"
-    told = sorted(re.findall(rf"^  (\w+): {last} has (.*), not (.*); only", err, re.MULTILINE))
-    assert told == [("BATCH_SIZE", "1", "2"), ("LR", "0.003", "0.0001"), ("SEED", "123", "5")]
-    assert snapshot(copied.out / "checkpoints") == before
-    whole = last.read_bytes()
-    last.write_bytes(whole[:5000])
-    refused(resume(), f"{last}: expected a checkpoint of this script")
     # Other versions and arithmetic are only warned of.
-    last.write_bytes(whole)
+    last = copied.out / "checkpoints" / "last.pth"
     content = torch.load(last, weights_only=True)
     content["versions"] |= {"monai": "0.1", "arithmetic": "torch.float16"}
     torch.save(content, last)
@@ -334,17 +324,3 @@ def test_data_that_are_not_those_of_the_run_are_named_on_resuming(copied, no_fig
     image_path(copied.data, gone).unlink()
     label_path(copied.data, gone).unlink()
     refused(resume(*flags), f"scans of the run are missing: {gone}\n")
-
-
-def test_run_that_stopped_early_goes_no_further_without_first_weights(copied, again, tmp_path):
-    content = torch.load(copied.best, weights_only=True)
-    torch.save(content | {"sha256": {}}, tmp_path / "first.pth")
-    # Nothing changes, so that each validation is the first one again.
-    still = ("--lr", 1e-9, "--weight-decay", 0, "--batchnorm-momentum", 1e-9, "--val-every", 1)
-    flags = (*still, "--epochs", 9, "--early-stopping", 2, "--init-from", tmp_path / "first.pth")
-    assert "Stopped early: no better validation Dice in 2 validations" in done(again(*flags))
-    before = outcome(tmp_path / "out")
-    assert [row["epoch"] for row in before["history"]] == [1, 2, 3]
-    (tmp_path / "first.pth").unlink()
-    assert "Stopped early" in done(again(*flags, "--resume"))
-    assert outcome(tmp_path / "out") == before

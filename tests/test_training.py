@@ -180,9 +180,12 @@ def test_run_stops_after_so_many_validations_without_a_better_dice_if_it_left_0(
     assert out.count("Warning: ") == out.count("Warning: validation Dice is still 0") == 1
     # Validated: 1 (best), 2, 4, 6; the third without a better Dice is in epoch 6.
     for found, every, last in (([0] * 4 + [9] * 9, 1, 8), ([9] * 20, 2, 6)):
-        history, _ = fit(Scripted(found), EPOCHS=20, EARLY_STOPPING=3, VAL_EVERY=every)
-        assert history[-1]["epoch"] == last
-        assert "Stopped early: no better validation Dice in 3 val" in capsys.readouterr().out
+        settings, content = {"EPOCHS": 20, "EARLY_STOPPING": 3, "VAL_EVERY": every}, None
+        for model in (Scripted(found), Scripted([])):  # going on goes no further
+            history, _ = fit(model, content, **settings)
+            content = train_pvs.read_checkpoint(run.last)
+            assert history[-1]["epoch"] == content["history_row"]["epoch"] == last
+            assert "Stopped early: no better validation Dice in 3 val" in capsys.readouterr().out
 
 
 def test_best_weights_and_scores_are_those_of_the_first_validation_with_the_best_dice(fit):
