@@ -7,7 +7,6 @@ import pytest
 import surface_distance
 import torch
 from scipy import ndimage
-from scipy.spatial.distance import cdist
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 from torch.nn.functional import binary_cross_entropy
 
@@ -26,6 +25,9 @@ def test_scores_agree_with_scikit_learn():
         assert scores == pytest.approx(expected)
         tensors = torch.from_numpy(pred.astype(np.uint8)), torch.from_numpy(label)
         assert train_pvs.calculate_metrics(*tensors) == scores
+    for pair, value in (((label, label & False), 0), ((label & False, label), 0)):
+        assert set(train_pvs.calculate_metrics(*pair).values()) == {value}
+    assert set(train_pvs.calculate_metrics(*2 * [label & False]).values()) == {1}
 
 
 def test_loss_is_half_bce_and_half_dice_loss_over_the_whole_batch():
@@ -80,15 +82,8 @@ def test_lesion_scores_of_hand_worked_masks():
     assert row == pytest.approx(lesion_row((2, 1), half, half))
 
 
-def border_points(mask, spacing):
-    """Return the places (mm) of the voxels with one of 6 neighbours outside of the mask."""
-    padded, inner = np.pad(mask, 1), (slice(1, -1),) * 3
-    inside = [np.roll(padded, step, axis)[inner] for step in (1, -1) for axis in range(3)]
-    return np.argwhere(mask & ~np.all(inside, axis=0)) * spacing
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:surface_distance.*")
-def test_surfaces_agree_with_deepminds_package_and_with_all_pairs_of_surface_voxels():
+def test_surface_dice_agrees_with_deepminds_package():
     spacings = (1, 1, 1), (0.8, 0.8, 0.8), (0.5, 0.9, 2.2)
     for spacing, (seed, margin) in product(spacings, ((0, 3), (1, 0), (2, 0))):
         # Two alike masks of smooth blobs, so many voxels away from the volume's edge.
@@ -98,16 +93,13 @@ def test_surfaces_agree_with_deepminds_package_and_with_all_pairs_of_surface_vox
         pred, label = (inside & (f > 1.3 * f.std()) for f in (one, 0.6 * one + 0.4 * other))
         assert label[[0, -1]].any() == pred[..., [0, -1]].any() == (margin == 0)
         row = train_pvs.calculate_boundary_metrics(pred, label, np.array(spacing))
+        assert train_pvs.calculate_boundary_metrics(label, pred, spacing) == pytest.approx(row)
         distances = surface_distance.compute_surface_distances(label, pred, spacing)
         for name, tolerance in {"nsd_voxel": max(spacing), "nsd_1mm": 1}.items():
             # A hair more, as distances of just the tolerance count, whatever their rounding.
             nsd = surface_distance.compute_surface_dice_at_tolerance(distances, tolerance + 1e-6)
             assert 0.2 < nsd < 0.99
             assert row[name] == pytest.approx(nsd, rel=1e-5)
-        apart = cdist(border_points(pred, spacing), border_points(label, spacing))
-        hd95 = max(np.percentile(apart.min(axis), 95) for axis in (0, 1))
-        assert hd95 > 1
-        assert row["hd95_mm"] == pytest.approx(hd95, rel=1e-5)
 
 
 def test_a_shift_of_one_voxel_is_within_the_tolerance_of_one_voxel():
