@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -64,6 +65,14 @@ def members(group):
             state, _, its_group = path.read_text().rsplit(") ", 1)[1].split()[:3]
             found += [int(path.parent.name)] * (int(its_group) == group and state not in "ZX")
     return found
+
+
+def wait_until(true, told, seconds=60):
+    """Wait till a function gives something true; fail with `told` after these seconds."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, told()
+        time.sleep(0.005)
 
 
 def live(function, argv, screens, environment, hook):

@@ -20,18 +20,10 @@ from kill_and_resume import main as kill_and_resume
 
 import train_pvs
 from conftest import MACHINE, TINY, image_path, label_path, make_subject, make_subjects, snapshot
-from running import call, done, draw_nothing, members, refused, trained
+from running import call, done, draw_nothing, members, refused, trained, wait_until
 
 GO_ON = {"--resume": "and --resume.", "--overwrite": "with --overwrite.", "": "command again."}
 FOR_EVER = ("--epochs", 999, "--num-workers", 2)
-
-
-def wait_until(true, told, seconds=60):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, told()
-        time.sleep(0.005)
-    return true()
 
 
 class Live:

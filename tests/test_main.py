@@ -96,22 +96,19 @@ def test_files_hold_the_documented_keys(finished):
     assert sorted(subjects) == [f"sub-{number:03d}" for number in range(1, 7)]  # each once
 
 
-def test_results_are_refused_and_check_leaves_them_alone(copied, run):
-    before, places = snapshot(copied.out, ["check.log"]), {"data": copied.data, "out": copied.out}
-    refused(run(**places), f"Error: {copied.out}", "--output-dir", "--overwrite", "--resume")
-    done(run("--check", **places))
+def test_results_are_replaced_with_overwrite_only_and_files_of_others_never(copied, no_figures):
+    flags = "--data-dir", copied.data, "--output-dir", copied.out, *TINY
+    before = snapshot(copied.out, ["check.log"])
+    refused(call(*flags), f"Error: {copied.out}", "--output-dir", "--overwrite", "--resume")
+    done(call(*flags, "--check"))
     after = snapshot(copied.out, ["check.log"])
     assert {name: after[name] for name in before} == before
     assert {Path(name).parent.name for name in set(after) - set(before)} <= {"cache"}
-
-
-def test_overwrite_replaces_results_and_log_but_no_files_of_others(copied, no_figures):
     mask = "predictions/sub-999/anat/sub-999_label-PVS_desc-other_mask.nii.gz"
     mine = ("checkpoints/mine.pth", "multi_plane/mine.png", "logs/mine.txt", "notes.md")
     for name in (mask, "multi_plane/sub-999.png", *mine):
         train_pvs.write_file(copied.out / name, "old")
-    places = "--data-dir", copied.data, "--output-dir", copied.out
-    out = trained(call(*places, *TINY, "--overwrite"))
+    out = trained(call(*flags, "--overwrite"))
     assert len(json.loads((copied.out / "logs" / "training_history.json").read_text())) == 1
     assert not [*copied.out.rglob("*sub-999*")]
     assert [(copied.out / name).read_text() for name in mine] == ["old"] * len(mine)

@@ -77,9 +77,8 @@ def test_lesion_scores_of_hand_worked_masks():
     # the first is found: 1 of 2 true, IoU 1/2; F1 2 * 1/2 * 1 / (3/2) = 2/3
     label, pred = np.zeros((2, 4, 5, 4), bool)
     label[0, 0, 0] = label[1, 1, 1] = label[1, 3, 1] = pred[1, 1, 1] = True
-    half = (1, 1, 1 / 2, 1, 2 / 3)
-    row = train_pvs.calculate_lesion_metrics(pred, label)
-    assert row == pytest.approx(lesion_row((2, 1), half, half))
+    expected = lesion_row((2, 1), *2 * [(1, 1, 1 / 2, 1, 2 / 3)])
+    assert train_pvs.calculate_lesion_metrics(pred, label) == pytest.approx(expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:surface_distance.*")

@@ -5,14 +5,13 @@ import os
 import re
 import signal
 import socket
-import time
 
 import pytest
 from kill_and_resume import comparable, outcome
 
 import train_pvs
 from conftest import LEARNING, MACHINE, TINY, make_subjects
-from running import call
+from running import call, wait_until
 
 SETTINGS = (*LEARNING, "--test-fraction", 0.4, "--val-fraction", 0.4)
 
@@ -54,10 +53,8 @@ def end(processes, seconds=60):
 
 def wait_for_epochs(out, count):
     history = out / "logs" / "training_history.json"
-    end = time.monotonic() + 120
-    while not history.exists() or len(json.loads(history.read_text())) < count:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(history.exists, lambda: "no epoch has ended", 120)
+    wait_until(lambda: len(json.loads(history.read_text())) >= count, lambda: "too few epochs", 120)
 
 
 def test_two_processes_score_as_one_does(begin, heads, no_figures, tmp_path):

@@ -21,14 +21,6 @@ def ball(shape, radius, centre=None):
     return sum(axis**2 for axis in offsets) <= radius**2
 
 
-def transform(cfg, image, label, affine):
-    """Run the deterministic transforms on two arrays and return the dict of results."""
-    arrays = {"image": image, "label": label}
-    volumes = {k: torch.from_numpy(np.array(v, np.float32))[None] for k, v in arrays.items()}
-    volumes = {k: MetaTensor(v, torch.from_numpy(affine)) for k, v in volumes.items()}
-    return train_pvs.build_transforms(cfg)(volumes)
-
-
 def test_head_is_found_in_rician_noise_and_without_smaller_bright_parts():
     rng, head = np.random.default_rng(0), ball((40, 44, 36), 14)
     noise = rng.normal(0, 20, (2, *head.shape))
@@ -93,8 +85,8 @@ def test_neck_is_left_out_so_far_below_the_top_as_is_asked_for(tiny_config):
     for depth, expected in ((120, range(38, 103)), (0, range(103))):
         cfg = tiny_config(PIX_DIM=(2, 2, 2), HEAD_DEPTH=depth)
         for array, side in ((image, 2), (image[:, :, ::-1], -2)):
-            affine = np.diag([2.0, 2, side, 1])
-            kept = transform(cfg, array, array > 0, affine)["label"]
+            volume = MetaTensor(torch.tensor(array.copy())[None], np.diag([2.0, 2, side, 1]))
+            kept = train_pvs.build_transforms(cfg)({"image": volume, "label": volume})["label"]
             places = np.argwhere(kept[0].numpy()) @ kept.affine.numpy()[:3, :3].T
             heights = {*(places[:, 2] + kept.affine.numpy()[2, 3])}
             first = 0 if side > 0 else -2 * 109
