@@ -131,7 +131,7 @@ def test_small_network_learns_a_single_volume(tmp_path, tiny_config):
     (case,) = train_pvs.prepare_cases(train_pvs.find_cases(cfg), cfg)
     model = train_pvs.build_model(cfg)
     train_pvs.start_at_log_odds(model, [case], cfg)
-    train_pvs.fit(run, model, cfg, {"train": 8 * [case], "val": [case]})
+    train_pvs.fit(run, model, cfg, {"train": 8 * [case], "val": [case], "test": []})
     history = json.loads(run.history.read_text())
     assert history[0]["val_dice"] < history[-1]["val_dice"]
     assert min(history[-1]["val_dice"], history[-1]["train_dice"]) > 0.8
@@ -166,7 +166,7 @@ def fit(tiny_config, tmp_path):
         case = prepared_case(tmp_path / "entry.pt", torch.rand(label.shape), label)
         run, cfg = train_pvs.Run(tmp_path / "out"), tiny_config(AMP=False, **settings)
         with train_pvs.logging_to_screen():
-            train_pvs.fit(run, model, cfg, {"train": [case], "val": [case]}, last)
+            train_pvs.fit(run, model, cfg, {"train": [case], "val": [case], "test": []}, last)
         return json.loads(run.history.read_text()), run
 
     return fit
@@ -254,6 +254,16 @@ def test_training_ends_with_a_validated_epoch_when_its_minutes_are_over(fit, cap
         validated = {row["epoch"] for row in history if row["val_dice"] is not None}
         assert validated == {1, len(history)} != {1, 40}
         assert "Stopped after" in capsys.readouterr().out
+
+
+def test_time_left_counts_the_windows_of_the_test(tiny_config):
+    # 2 validated scans took 3 s. 4 test scans have 8 times the windows: half a patch apart, not a
+    # whole one. Full views along three axes are eight passes.
+    history = [{"val_seconds": 3.0, "val_loss": 1.0}, {"val_seconds": 0.0, "val_loss": None}]
+    split, settings = {"val": [1, 2], "test": [1, 2, 3, 4]}, {"VAL_OVERLAP": 0, "FLIP_AXES": "xyz"}
+    for views, seconds in {"windows": 48, "full": 384}.items():
+        cfg = tiny_config(TTA_FLIPS=views, **settings)
+        assert train_pvs.seconds_of_test(history, split, cfg) == seconds
 
 
 def test_poly_schedule_warms_up_and_ends_at_0_by_epochs_and_by_the_clock(tiny_config):
