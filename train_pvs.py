@@ -252,20 +252,17 @@ def words(value):
     return " ".join(map(str, value if isinstance(value, tuple | list) else [value])) or "nothing"
 
 
-def nearest(word, known):
-    """Return the known word that is most like the given one."""
-    return next(iter(difflib.get_close_matches(word, known, 1, 0)), "")
-
-
 def require(good, message, kind=ValueError):
     """Raise an error with the message unless all is good."""
     if not good:
         raise kind(message)
 
 
-def raise_wrong_settings(problems):
-    """Raise one ValueError that lists all sentences about settings; none, no error."""
-    require(not problems, "\n  ".join(["wrong settings:", *problems]))
+def raise_problems(problems, remedy="", title=""):
+    """Raise one ValueError that lists all problems and ends with what to do; none, no error."""
+    title = title or f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the data:"
+    end = f"\n{remedy} Nothing was done." if remedy else ""
+    require(not problems, "\n  ".join([title, *problems]) + end)
 
 
 def build_parser():
@@ -273,9 +270,10 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
 
     def fail(message):
-        wrong = re.search(r"arguments: (--[\w-]+)", message)
-        like = wrong and f" (did you mean {nearest(wrong[1], parser._option_string_actions)}?)"
-        require(False, f"{message}{like or ''}; see --help")
+        for wrong in re.findall(r"arguments: (--[\w-]+)", message):
+            (near,) = difflib.get_close_matches(wrong, parser._option_string_actions, 1, 0)
+            message += f" (did you mean {near}?)"
+        raise ValueError(f"{message}; see --help")
 
     parser.error = fail
     told = f"train_pvs.py {VERSION}, SHA-256 {SCRIPT_HASH}"
@@ -315,10 +313,9 @@ def convert(value, kind):
 
 
 def convert_all(settings, problems):
-    """Return settings in the types of their published values.
+    """Return settings in their published types; tell in `problems`, {field: sentence}, of others.
 
     A number is taken for three equal ones, a list for a tuple, None for an empty text, 2.0 for 2.
-    For what cannot be meant so a sentence is added to `problems`, {field: sentence}.
     """
     converted, told = {}, {bool: "True or False", int: "a whole number", float: "a number"}
     for name in filter(str.isupper, settings):  # the others are commands
@@ -335,29 +332,34 @@ def convert_all(settings, problems):
     return converted
 
 
-def check_config(cfg, problems, starts=True):
-    """Add a sentence to `problems`, {field: sentence}, for each wrong setting that is not there.
-
-    `starts`: a training begins, from files that have to exist.
-    """
-    divisor, devices = 2 ** np.clip(cfg.ENCODER_DEPTH, 3, 5), ["auto", "cpu"]
-    if cfg.DEVICE not in devices:
+def choices(device):
+    """Return {field: the words it may be} on this computer; `device`: the one asked for."""
+    devices, openvino = ["auto", "cpu"], importlib.util.find_spec("openvino")
+    if device not in devices:
         import torch
 
         numbers = range(torch.cuda.device_count())
         devices += ["cuda"] * bool(numbers) + [f"cuda:{i}" for i in numbers]
-    encoders, given = [f"efficientnet-b{i}" for i in range(8)], ("imagenet", "none")
-    choices = {"ENCODER_NAME": encoders, "ARCHITECTURE": NETWORKS, "FLIP_AXES": FLIPS}
-    choices |= {"LR_SCHEDULE": ("plateau", "poly"), "AUGMENTATION": ("published", "native")}
-    patch = [side >= 2 * divisor and side % divisor == 0 for side in cfg.IMG_PATCH_SIZE]
+    found = {"ENCODER_NAME": [f"efficientnet-b{i}" for i in range(8)], "DEVICE": devices}
+    found |= {"LR_SCHEDULE": ("plateau", "poly"), "AUGMENTATION": ("published", "native")}
+    found |= {"TTA_FLIPS": ("none", "windows", "full"), "ARCHITECTURE": NETWORKS}
+    return found | {"FLIP_AXES": FLIPS, "ENGINE": ["torch", "openvino"][: 2 if openvino else 1]}
+
+
+def check_config(cfg, problems, starts=True):
+    """Add a sentence to `problems`, {field: sentence}, for each wrong setting that has none yet.
+
+    `starts`: a training begins, from files that have to exist.
+    """
+    divisor, known = 2 ** np.clip(cfg.ENCODER_DEPTH, 3, 5), choices(cfg.DEVICE)
     low, high = cfg.INTENSITY_PERCENTILES
-    choices["TTA_FLIPS"], unmirrored = ("none", "windows", "full"), cfg.TTA_FLIPS == "none"
-    choices["ENGINE"] = ["torch", *["openvino"] * bool(importlib.util.find_spec("openvino"))]
+    patch = [side >= 2 * divisor and side % divisor == 0 for side in cfg.IMG_PATCH_SIZE]
     sides = tuple(np.clip(cfg.PIX_DIM, SMALLEST_SIDE, LARGEST_SIDE))
     output, data = map(os.path.realpath, (cfg.OUTPUT_DIR, cfg.DATA_DIR))
     fold = f"--fold 1 to {cfg.FOLDS} as well, or all" if cfg.FOLDS else "--folds as well, or 0"
-    paths = (cfg.SPLIT, cfg.INIT_FROM, cfg.ENCODER_WEIGHTS)
+    paths, mirrored = (cfg.SPLIT, cfg.INIT_FROM, cfg.ENCODER_WEIGHTS), cfg.TTA_FLIPS != "none"
     split, start, weights = (not starts or os.path.isfile(path) for path in paths)
+    weights = weights or cfg.ENCODER_WEIGHTS in ("imagenet", "none")
     rules = [
         *((name, getattr(cfg, name).strip(), "a value") for name in names(Data) | {"OUTPUT_DIR"}),
         ("OUTPUT_DIR", output != data, "another folder than DATA_DIR"),
@@ -365,10 +367,9 @@ def check_config(cfg, problems, starts=True):
         ("SPLIT", not (cfg.SPLIT and cfg.FOLDS), "none together with FOLDS"),
         ("SPLIT", split or not cfg.SPLIT, "a JSON file that exists"),
         ("INIT_FROM", start or not cfg.INIT_FROM, "a checkpoint that exists"),
-        ("ENCODER_WEIGHTS", weights or cfg.ENCODER_WEIGHTS in given, "imagenet, none, or a file"),
-        *((name, getattr(cfg, name) in c, " or ".join(c)) for name, c in choices.items()),
-        ("DEVICE", cfg.DEVICE in devices, " or ".join(devices)),
-        ("TTA_FLIPS", unmirrored or FLIPS.get(cfg.FLIP_AXES), "none without FLIP_AXES"),
+        ("ENCODER_WEIGHTS", weights, "imagenet, none, or a file"),
+        *((name, getattr(cfg, name) in c, " or ".join(c)) for name, c in known.items()),
+        ("TTA_FLIPS", FLIPS.get(cfg.FLIP_AXES) or not mirrored, "none without FLIP_AXES"),
         ("FOLDS", cfg.FOLDS == 0 or 2 <= cfg.FOLDS <= 1000, "2 to 1000, or 0"),
         ("FOLD", min(cfg.FOLDS, 1) <= cfg.FOLD <= cfg.FOLDS, fold),
         ("PIX_DIM", not any(cfg.PIX_DIM) or sides == cfg.PIX_DIM, "0.1 to 20, or 0 0 0"),
@@ -381,8 +382,8 @@ def check_config(cfg, problems, starts=True):
             within = np.array_equal(np.clip(getattr(cfg, name), low, high), getattr(cfg, name))
             rules.append((name, within, f"a number from {low} to {high}"))
     for name, good, expected in rules:
-        told = f"{name}: expected {expected}, got {words(getattr(cfg, name))}"
         if not good:
+            told = f"{name}: expected {expected}, got {words(getattr(cfg, name))}"
             problems.setdefault(name, told)
 
 
@@ -396,8 +397,7 @@ def parse_command_line(argv):
     """Return (Config, options); a flag wins over the recipe, the recipe over Config in this file.
 
     options.given, .of_recipe, .edited: the settings of flags, recipe, and the file where edited;
-    .every_fold: --fold all.
-    A ValueError lists every wrong setting by the name of its field.
+    .every_fold: --fold all. A ValueError lists every wrong setting by the name of its field.
     """
     parser, problems = build_parser(), {}
     options = parser.parse_args(argv)
@@ -425,7 +425,7 @@ def parse_command_line(argv):
         problems["FOLD"] = "--fold all: expected --folds as well, and a training"
     if not (options.resume or trained):  # else the checkpoint's settings are checked
         check_config(cfg, problems)
-    raise_wrong_settings(problems.values())
+    raise_problems(problems.values(), title="wrong settings:")
     if cfg.FOLD and not trained:
         cfg = replace(cfg, OUTPUT_DIR=str(Path(cfg.OUTPUT_DIR, f"fold-{cfg.FOLD}")))
     return cfg, options
@@ -438,15 +438,7 @@ def require_data_folder(cfg, options):
     require(there, f"{cfg.DATA_DIR}: no such folder (DATA_DIR)\n{HOW_TO_GET_DATA}")
 
 
-def print_all_letters():
-    """Let the streams print letters that they lack as escapes."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # of a notebook, which prints all letters
-            stream.reconfigure(errors="backslashreplace")
-
-
 if __name__ == "__main__" and process_number("WORLD_SIZE") == 1:
-    print_all_letters()
     try:  # --help and what is wrong are told before the imports, which take seconds
         require_data_folder(*parse_command_line(sys.argv[1:]))
     except ValueError as error:
@@ -791,7 +783,9 @@ class Screen(logging.Handler):
 @contextmanager
 def logging_to_screen():
     """Show messages of the first process, and all errors; `Run.open` adds a file."""
-    print_all_letters()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # of a notebook, which prints all letters
+            stream.reconfigure(errors="backslashreplace")  # of letters that it lacks
     log.setLevel(logging.INFO if first_process() else logging.ERROR)
     log.propagate = logging.raiseExceptions = False  # of a full disk the next file tells
     log.addHandler(Screen())
@@ -856,12 +850,6 @@ class Case:
     warnings: tuple = ()
 
 
-def raise_problems(problems, remedy):
-    """Raise one ValueError that lists all problems and ends with what to do; none, no error."""
-    title = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the data:"
-    require(not problems, "\n  ".join([title, *problems]) + f"\n{remedy} Nothing was done.")
-
-
 def find_files(folder, pattern):
     """Return the paths of the NIfTI files below `folder` that fit the glob, sorted.
 
@@ -921,7 +909,7 @@ def find_cases(cfg):
         if len(found) > 1:
             problems.append(f"{path}: expected one {wanted}, found {' and '.join(found)}")
         elif not found and path in masks:
-            near = by_name[nearest(Path(path).name, by_name)]
+            near = by_name[difflib.get_close_matches(Path(path).name, by_name, 1, 0)[0]]
             own = "_".join(map("-".join, entities[path] - entities[near]))
             told = f"none; the nearest is {near}" + f", which has no {own}" * bool(own)
             problems.append(f"{path}: expected one {wanted}, found {told}")
@@ -1201,7 +1189,7 @@ def read_split(path, subjects):
     problems = [f"{part}: expected at least one subject" for part in split if not split[part]]
     problems += [f"{s}: named more than once" for s in sorted(set(named)) if named.count(s) > 1]
     problems += [f"{s}: no subject with a mask" for s in sorted(set(named) - set(subjects))]
-    require(not problems, "\n  ".join([f"{path}: not a usable split:", *problems]))
+    raise_problems(problems, title=f"{path}: not a usable split:")
     for subject in sorted(set(subjects) - set(named)):
         log.warning("Warning: left out, not in %s: %s", path, subject)
     return split
@@ -2157,7 +2145,7 @@ def restore_config(content, path, cfg, options):
     for name in saved.keys() - names(Config):
         log.warning("Warning: %s: passed over, no setting any more: %s", path, name)
     saved = settings_of(saved, problems)
-    raise_wrong_settings([f"{path}: {problem}" for problem in problems.values()])
+    raise_problems([f"{path}: {p}" for p in problems.values()], title="wrong settings:")
     here, free, asked = names(Output, Machine), names(Data, Output, Decision, Machine), {}
     if options.resume:
         fixed = saved["LR_SCHEDULE"] == "poly" and not options.stretch
@@ -2173,7 +2161,7 @@ def restore_config(content, path, cfg, options):
             problems[n] += "; add --stretch if that is meant: the learning rate falls over it"
     restored = replace(cfg, **saved | {name: asked[name] for name in asked.keys() & free})
     check_config(restored, problems, starts=False)
-    raise_wrong_settings(problems.values())
+    raise_problems(problems.values(), title="wrong settings:")
     return restored
 
 
