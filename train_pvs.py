@@ -223,11 +223,9 @@ LIMITS = (  # smallest and largest value of settings
     (8, 1024, "IMG_PATCH_SIZE"),
 )
 SMALLEST_SIDE, LARGEST_SIDE = 0.1, 20  # mm, of the working grid's voxels
-FLIPS = {  # FLIP_AXES: axes of the working grid, (H, W, D) or right, anterior, superior
-    "".join("xyz"[axis] for axis in axes) or "none": axes
-    for count in range(4)
-    for axes in itertools.combinations(range(3), count)
-}
+# FLIP_AXES: axes of the working grid, (H, W, D) or right, anterior, superior.
+FLIPS = {"none": (), "x": (0,), "y": (1,), "z": (2,)}
+FLIPS |= {"xy": (0, 1), "xz": (0, 2), "yz": (1, 2), "xyz": (0, 1, 2)}
 
 NETWORKS = {  # ARCHITECTURE, made by build_..: its output's bias, its name in BIDS' `desc`
     "unetplusplus": ("segmentation_head.0.bias", "unetpp"),
@@ -313,10 +311,7 @@ def convert(value, kind):
 
 
 def convert_all(settings, problems):
-    """Return settings in their published types; tell in `problems`, {field: sentence}, of others.
-
-    A number is taken for three equal ones, a list for a tuple, None for an empty text, 2.0 for 2.
-    """
+    """Return settings in their published types; name in `problems`, {field: sentence}, others."""
     converted, told = {}, {bool: "True or False", int: "a whole number", float: "a number"}
     for name in filter(str.isupper, settings):  # the others are commands
         model = PUBLISHED.get(name, getattr(Config, name, None))
@@ -347,10 +342,7 @@ def choices(device):
 
 
 def check_config(cfg, problems, starts=True):
-    """Add a sentence to `problems`, {field: sentence}, for each wrong setting that has none yet.
-
-    `starts`: a training begins, from files that have to exist.
-    """
+    """Add a sentence to `problems`, {field: sentence}, for each wrong setting that has none yet."""
     divisor, known = 2 ** np.clip(cfg.ENCODER_DEPTH, 3, 5), choices(cfg.DEVICE)
     low, high = cfg.INTENSITY_PERCENTILES
     patch = [side >= 2 * divisor and side % divisor == 0 for side in cfg.IMG_PATCH_SIZE]
@@ -358,6 +350,7 @@ def check_config(cfg, problems, starts=True):
     output, data = map(os.path.realpath, (cfg.OUTPUT_DIR, cfg.DATA_DIR))
     fold = f"--fold 1 to {cfg.FOLDS} as well, or all" if cfg.FOLDS else "--folds as well, or 0"
     paths, mirrored = (cfg.SPLIT, cfg.INIT_FROM, cfg.ENCODER_WEIGHTS), cfg.TTA_FLIPS != "none"
+    # Only a training that starts needs them.
     split, start, weights = (not starts or os.path.isfile(path) for path in paths)
     weights = weights or cfg.ENCODER_WEIGHTS in ("imagenet", "none")
     rules = [
@@ -549,10 +542,8 @@ def worker_count(cfg):
 
 
 def has_level_of_side_2(cfg):
-    """Return whether a 3 x 3 x 3 convolution of the network meets features whose first side is 2.
-
-    torch 2.14.1 then gives noise as bfloat16 weight gradients on CPUs with AVX512_BF16.
-    """
+    """Return whether a 3 x 3 x 3 convolution of the network meets a first side of 2 voxels."""
+    # torch 2.14.1 then gives noise as bfloat16 weight gradients on CPUs with AVX512_BF16.
     levels = cfg.ENCODER_DEPTH + (cfg.ARCHITECTURE == "dynunet")  # UNet++'s deepest has none
     return cfg.IMG_PATCH_SIZE[0] in [2 ** (level + 1) for level in range(levels)]
 
@@ -605,10 +596,9 @@ def naming(path):
     except Exception as error:
         if isinstance(error, ValueError | OSError) or not get_worker_info():
             raise
-        cause = error
-        while cause.__cause__:  # MONAI's own says only in which transform
-            cause = cause.__cause__
-        told = f"{path}: {type(cause).__name__}: {explain(cause)}"
+        while error.__cause__:  # MONAI's own says only in which transform
+            error = error.__cause__
+        told = f"{path}: {type(error).__name__}: {explain(error)}"
         raise RuntimeError(f"{told} (--num-workers 0 tells where)") from None
 
 
@@ -686,19 +676,17 @@ def write_tsv(path, columns, rows):
 
 def join_participants(rows, folders):
     """Return rows with what the participants.tsv of their data set tells of their subjects."""
-    tables = {}
-    for folder in {*folders}:
+    known, how = {}, {"newline": "", "encoding": "utf-8-sig", "errors": "replace"}
+    for folder in dict.fromkeys(folders):
         path = Path(folder) / "participants.tsv"
-        how = {"newline": "", "encoding": "utf-8-sig", "errors": "replace"}
         with suppress(OSError, csv.Error), open(path, **how) as file:  # it stops no run
-            known = csv.DictReader(file, delimiter="\t")
-            tables[folder] = {row.get("participant_id"): row for row in known}
-    names = list(dict.fromkeys(name for t in tables.values() for row in t.values() for name in row))
-    joined = []
-    for row, folder in zip(rows, folders, strict=True):
-        facts = tables.get(folder, {}).get(row["participant_id"], {})
-        joined.append(row | {n: facts.get(n) for n in names if n and n not in row})
-    return joined
+            table = csv.DictReader(file, delimiter="\t")
+            known |= {(folder, row.get("participant_id")): row for row in table}
+    names = list(dict.fromkeys(itertools.chain(*known.values())))
+    keys = zip(folders, [row["participant_id"] for row in rows], strict=True)
+    facts = [known.get(key, {}) for key in keys]
+    pairs = zip(rows, facts, strict=True)
+    return [row | {n: own.get(n) for n in names if n and n not in row} for row, own in pairs]
 
 
 def write_torch(path, content):
@@ -737,10 +725,7 @@ class Run:
         return [f for p in (*FILES.values(), *patterns) for f in self.folder.glob(p)]
 
     def open(self, name, replaceable, anew=False):
-        """Lock the folder and keep the messages in `logs/<name>.log`; `anew`: in an empty one.
-
-        A ValueError where it holds results that may not be replaced, or another run works there.
-        """
+        """Lock the folder and keep the messages in `logs/<name>.log`; `anew`: in an empty one."""
         if not first_process():
             return
         told = f"{self.folder}: there are results in the output folder already.\nTake another with "
@@ -824,6 +809,8 @@ class Progress(tqdm):
 
 BOTH = ("image", "label")  # the volumes of a case
 NIFTI = (".nii", ".nii.gz")
+RENAME = "Remove or rename files, or narrow IMAGE_GLOB and LABEL_GLOB. Between - and _ a name "
+RENAME += "has letters and digits only."
 READ_ERRORS = (  # of nibabel, gzip and torch.load on damaged files
     *(OSError, EOFError, ValueError, TypeError, OverflowError, LookupError, AttributeError),
     *(RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, nib.wrapstruct.WrapStructError),
@@ -851,12 +838,10 @@ class Case:
 
 
 def find_files(folder, pattern):
-    """Return the paths of the NIfTI files below `folder` that fit the glob, sorted.
-
-    Names that begin with a dot are left out: macOS keeps its own notes in files like ._sub-001.
-    """
+    """Return the paths of the NIfTI files below `folder` that fit the glob, sorted."""
     try:
         found = [p for p in sorted(Path(folder).glob(pattern)) if p.name.endswith(NIFTI)]
+        # Without hidden ones: macOS keeps its own notes in files like ._sub-001.
         return [str(p) for p in found if not re.search(r"/\.[^./]", f"/{p.relative_to(folder)}")]
     except (ValueError, IndexError, NotImplementedError) as error:
         raise ValueError(f"{pattern}: expected a pattern for files ({error})") from None
@@ -872,40 +857,37 @@ def make_cases(pairs, problems, remedy):
     """Return the Cases of (scan, mask or "") pairs; raise the problems and those of their names."""
     cases = {}
     for image, label in pairs:
-        found = {"sub": "", "ses": ""} | bids_entities(image)  # these first
-        stem = re.sub(
-            r"(?i)[_-](T[12](?!\d)[^_]*|PD|FLAIR)$", "", Path(image).name.split(".nii")[0]
-        )
+        found, stem = {"sub": "", "ses": ""} | bids_entities(image), Path(image).name  # these first
+        stem = re.sub(r"(?i)[_-](T[12](?!\d)[^_]*|PD|FLAIR)$", "", stem.split(".nii")[0])
         found = found if found["sub"] else {"sub": stem}
         texts = {key: re.sub("[^0-9A-Za-z]", "", text) for key, text in found.items()}
         name = "_".join(f"{key}-{text}" for key, text in texts.items() if text)
-        case = Case(f"sub-{texts['sub']}", name, image, label)
-        other = cases.setdefault(name, case)
-        told = f"{other.image} and {image}: expected names that differ, both would give {name}"
-        told = told if texts["sub"] else f"{image}: expected letters or digits in the name"
-        problems += [told] if other is not case or not texts["sub"] else []
+        other = cases.setdefault(name, case := Case(f"sub-{texts['sub']}", name, image, label))
+        if not texts["sub"]:
+            problems.append(f"{image}: expected letters or digits in the name")
+        elif other is not case:
+            told = f"{image}: expected names that differ, both would give {name}"
+            problems.append(f"{other.image} and {told}")
     raise_problems(problems, remedy)
     return [*cases.values()]
 
 
 def find_cases(cfg):
-    """Pair scans and masks, or list all names that do not pair; scans without a mask are left out.
-
-    A mask fits a scan whose name holds all entities of the mask, `desc` and `label` apart.
-    """
+    """Pair scans and masks, or list all names that do not pair; a scan needs no mask."""
     scans, masks = (find_files(cfg.DATA_DIR, p) for p in (cfg.IMAGE_GLOB, cfg.LABEL_GLOB))
     found = f"{len(scans)} scans {cfg.IMAGE_GLOB}, {len(masks)} masks {cfg.LABEL_GLOB}"
     told = f"{cfg.DATA_DIR}: expected scans and masks, found {found}\n{HOW_TO_GET_DATA}"
     require(scans and masks, told, FileNotFoundError)
     entities = {path: bids_entities(path).items() for path in scans + masks}
     bare = [path for path, found in entities.items() if "sub" not in dict(found)]
-    problems = [f"{path}: expected a name with sub-" for path in bare]
-    pairs = [(s, m) for s in scans for m in masks if not bare and entities[m] <= entities[s]]
+    raise_problems([f"{path}: expected a name with sub-" for path in bare], RENAME)
+    # A mask fits a scan whose name holds all entities of the mask, `desc` and `label` apart.
+    pairs = [(s, m) for s in scans for m in masks if entities[m] <= entities[s]]
     groups = [("scan for this mask", m, [s for s, mask in pairs if mask == m]) for m in masks]
     groups += [("mask for this scan", s, [m for scan, m in pairs if scan == s]) for s in scans]
-    paired = {scan for scan, _ in pairs}
+    paired, problems = {scan for scan, _ in pairs}, []
     by_name = {Path(scan).name: scan for scan in scans if scan not in paired or paired == {*scans}}
-    for wanted, path, found in [] if bare else groups:
+    for wanted, path, found in groups:
         if len(found) > 1:
             problems.append(f"{path}: expected one {wanted}, found {' and '.join(found)}")
         elif not found and path in masks:
@@ -915,9 +897,7 @@ def find_cases(cfg):
             problems.append(f"{path}: expected one {wanted}, found {told}")
         elif not found and not problems:
             log.warning("Warning: left out, no mask: %s", path)
-    remedy = "Remove or rename files, or narrow IMAGE_GLOB and LABEL_GLOB. Between - and _ a name "
-    remedy += "has letters and digits only."
-    return make_cases([] if problems else pairs, problems, remedy)
+    return make_cases([] if problems else pairs, problems, RENAME)
 
 
 def find_scans(places, cfg):
@@ -953,15 +933,13 @@ def look_inside(path):
         return ""
     with open(path, "rb") as file:
         start, zipped = file.read(400), str(path).endswith(".gz")
-    for found, told in (
+    cases = (
         (b"annex/objects" in start, "git-annex has not fetched it: datalad get"),
         (b"git-lfs" in start, "git has not fetched it: git lfs pull"),
         (zipped and re.search(rb"n\+[12]\0", start), "it is not gzipped: name it .nii"),
         (not zipped and start[:2] == b"\x1f\x8b", "it is gzipped: name it .nii.gz"),
-    ):
-        if found:
-            return told
-    return ""
+    )
+    return next((told for found, told in cases if found), "")
 
 
 @np.errstate(all="ignore")  # of an affine with inf or NaN
@@ -1015,11 +993,10 @@ def read_volume(path):
 
 
 def readings(header):
-    """Return {name: affine} of the places that programs give the voxels of a NIfTI file.
+    """Return {name: affine} of the places that programs give the voxels; see docs/data.md.
 
-    The first is nibabel's and MONAI's, and the one used here. ITK's programs (ITK-SNAP, ANTs, 3D
-    Slicer, nnU-Net) prefer the qform to an sform of another code than 1, have the identity where
-    there is no code, and take the voxel's sides from pixdim (seen with SimpleITK 2.5).
+    The first is nibabel's and MONAI's, and the one used here. ITK's programs take the voxel's sides
+    from pixdim, and have the identity where there is no code (seen with SimpleITK 2.5).
     """
     found = {"sform": header.get_sform(coded=True)[0], "qform": None}
     with suppress(ValueError):  # a quaternion that was rounded
@@ -1032,15 +1009,13 @@ def readings(header):
 
 
 def read_scan(path):
-    """Return the volume of `read_volume`, and what to warn of; a ValueError where it shows no head.
-
-    In noise, neighbouring voxels do not correlate. A few very bright ones hide a head from the
-    correlation of values, much air a small head from that of ranks: one is enough.
-    """
+    """Return the volume of `read_volume`, and what to warn of; a ValueError if it shows no head."""
     image, header = read_volume(path), read_header(path)[0].header
     volume = np.asarray(image)[0]
-    constant = volume.min() == volume.max()
-    require(not constant, f"{path}: expected a scan, all voxels are {volume.min():g}")
+    low, high = volume.min(), volume.max()
+    require(low < high, f"{path}: expected a scan, all voxels are {low:g}")
+    # In noise, neighbouring voxels do not correlate. A few very bright ones hide a head from the
+    # correlation of values, much air a small head from that of ranks: one is enough.
     pair = [volume[start : len(volume) // 2 * 2 : 2, ::2, ::2].ravel() for start in (0, 1)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of half a volume that is constant
@@ -1055,12 +1030,9 @@ def read_scan(path):
 
 
 def read_label(path):
-    """Return (the volume of `read_volume` as whole numbers, []): no warnings, as of `read_scan`.
-
-    A ValueError where they are no labels. What was stored in steps of a header's slope comes back
-    only nearly whole: labels 1 to 7 in uint8 as 0.988, 2.004 and so on.
-    """
+    """Return (the volume of `read_volume` as whole numbers, []): no warnings, as of `read_scan`."""
     label, stored = read_volume(path), read_header(path)[0].dataobj
+    # Labels 1 to 7 in steps of a header's slope come back in uint8 as 0.988, 2.004 and so on.
     whole, step = label.round(), abs(stored.slope) if stored.dtype.kind in "iu" else 0
     good = (label - whole).abs() <= max(step / 2, 1e-3)
     require(good.all(), f"{path}: expected whole numbers in a mask, got fractions")
@@ -1071,11 +1043,7 @@ def read_label(path):
 
 
 def read_pair(case):
-    """Return {"image", "label"} of a case, each (1, X, Y, Z), and sentences to warn with.
-
-    The label gets its scan's affine. Its own may be half a voxel off at the corners, from any
-    program's reading of the scan.
-    """
+    """Return {"image", "label"} of a case, each (1, X, Y, Z), and sentences to warn with."""
     volumes, problems, cautions = {}, [], []
     for key, read in (("image", read_scan), ("label", read_label)):
         try:
@@ -1089,10 +1057,9 @@ def read_pair(case):
     require(shape == got, f"{case.label}: expected the scan's shape {shape}, got {got}")
     scan, other = readings(read_header(case.image)[0].header), volumes["label"].affine.numpy()
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1])).reshape(4, -1)
-    shifts = {}  # in voxels; other readings of the mask would let shifted and mirrored ones in
-    for name, affine in scan.items():
-        moved = np.linalg.solve(affine, other @ corners) - corners
-        shifts[name] = np.linalg.norm(moved[:3], axis=0).max()
+    # In voxels; other readings of the mask would let shifted and mirrored ones in.
+    moved = {name: (np.linalg.solve(a, other @ corners) - corners)[:3] for name, a in scan.items()}
+    shifts = {name: np.linalg.norm(away, axis=0).max() for name, away in moved.items()}
     used, best = next(iter(shifts)), min(shifts, key=shifts.get)
     told = f"{case.label}: its affine puts corners {shifts[used]:.2f} voxels from the scan's"
     axes, own = ("".join(nib.aff2axcodes(a)) for a in (other, scan[used]))
@@ -1103,7 +1070,7 @@ def read_pair(case):
         cautions.append(f"{told}; paired voxel by voxel, placed by the {used}")
     elif shifts[used] > 0.1:
         cautions.append(f"{told}; the scan's is used for both")
-    volumes["label"].affine = volumes["image"].affine
+    volumes["label"].affine = volumes["image"].affine  # half a voxel off at most
     return volumes, cautions
 
 
@@ -1153,9 +1120,8 @@ def own_spacing(cases):
 def split_cases(cases, cfg):
     """Divide the cases by subject into {"train": cases, "val": cases, "test": cases}.
 
-    As the file SPLIT says, else drawn from the sorted subjects with SEED, at least one subject
-    each. On the 200 subjects of ds005595 this is the published split. With FOLDS the test part is
-    FOLD's, and the folds' test parts hold every subject once.
+    As the file SPLIT says, else drawn from the sorted subjects with SEED: of the 200 of ds005595 as
+    published. With FOLDS the test part is FOLD's, and these parts hold every subject once.
     """
     subjects, seed = sorted({case.subject for case in cases}), {"random_state": cfg.SEED}
     if cfg.SPLIT:
@@ -1202,28 +1168,21 @@ LARGEST_BRAIN = 2500  # ml; a head is larger
 
 
 def head_mask(image):
-    """Return where the head is in a volume (1, H, W, D), as bool; everywhere if nothing stands out.
-
-    Air is Rician noise above zero; opening removes its specks, and the largest component is kept.
-    """
+    """Return where the head is in a volume (1, H, W, D), bool; everywhere if nothing stands out."""
     volume = np.asarray(image)[0]
     dark, bright = np.percentile(volume[::2, ::2, ::2], (1, 99))
+    # Air is Rician noise above zero; opening removes its specks.
     tissue = ndimage.binary_opening(volume > dark + 0.15 * (bright - dark))
     components, count = ndimage.label(tissue)
-    if count == 0:
-        return np.ones_like(volume, dtype=bool)[None]
-    return (components == 1 + np.argmax(np.bincount(components.ravel())[1:]))[None]
+    largest = 1 + np.argmax(np.bincount(components.ravel())[1:]) if count else 0
+    return (components == largest)[None]
 
 
 def keep_head(image, depth):
-    """Return `head_mask`, without what lies over `depth` mm below the head's top; 0: all of it.
-
-    The top is where sections reach a tenth of the largest one's area. 170 mm hold an adult's
-    brain: the default of FSL's robustfov.
-    """
+    """Return `head_mask`, without what lies over `depth` mm below the head's top; 0: all of it."""
     head = head_mask(image)
     areas = head[0].sum((0, 1))
-    end = 1 + np.flatnonzero(areas >= areas.max() / 10)[-1]
+    end = 1 + np.flatnonzero(areas >= areas.max() / 10)[-1]  # an ear or a coil is no top
     if depth and not head.all():  # where something stands out
         head[..., : max(end - math.ceil(depth / ras_spacing(image.affine.numpy())[2]), 0)] = False
     return head
@@ -1232,9 +1191,8 @@ def keep_head(image, depth):
 def darken_background(image):
     """Return (a scan (1, X, Y, Z), whether the skull is stripped from it).
 
-    If one value fills half of the volume's faces, it is the background, even where it is not the
-    lowest. In a stripped scan it is set below all tissue; in a whole head, if it is as bright as
-    tissue, to the darkest of the rest.
+    A value that fills half of the volume's faces is background, even where it is not the lowest. It
+    is set below all tissue; in a whole head, if it is as bright as tissue, to the darkest of it.
     """
     volume = np.asarray(image)[0]
     faces = np.concatenate([np.take(volume, [0, -1], axis).ravel() for axis in range(3)])
@@ -1267,12 +1225,12 @@ def build_transforms(cfg):
     new cache; a function of your own that it calls belongs in MAKERS.
     """
     scale = functools.partial(scale_intensity, percentiles=cfg.INTENSITY_PERCENTILES)
+    head = functools.partial(keep_head, depth=cfg.HEAD_DEPTH)
     spacing = {"pixdim": cfg.PIX_DIM, "mode": INTERPOLATION, "dtype": torch.float32}
     # Interpolation there and back costs thin PVS. What lies between the two keeps its spacing.
-    spacing["min_pixdim"] = [side * (1 - cfg.SPACING_TOLERANCE) for side in cfg.PIX_DIM]
-    spacing["max_pixdim"] = [side * (1 + cfg.SPACING_TOLERANCE) for side in cfg.PIX_DIM]
-    crop = {"source_key": "image", "margin": 2, "allow_smaller": True}
-    crop["select_fn"] = functools.partial(keep_head, depth=cfg.HEAD_DEPTH)
+    for bound, sign in (("min_pixdim", -1), ("max_pixdim", 1)):
+        spacing[bound] = [side * (1 + sign * cfg.SPACING_TOLERANCE) for side in cfg.PIX_DIM]
+    crop = {"source_key": "image", "select_fn": head, "margin": 2, "allow_smaller": True}
     return mt.Compose(
         [
             mt.AsDiscreted("label", threshold=1e-6, allow_missing_keys=True),
@@ -1287,9 +1245,8 @@ def build_transforms(cfg):
 def to_working_grid(volumes, cfg):
     """Transform the MetaTensors (1, X, Y, Z) of an image and, where there is one, its label.
 
-    Returns image (1, H, W, D) float16 in [0, 1], label (1, H, W, D) uint8, and affine,
-    native_affine (4, 4) and native_shape, with which `to_native_grid` goes back; stripped: whether
-    the skull is, see `darken_background`.
+    Returns image (1, H, W, D) float16 in [0, 1], label (1, H, W, D) uint8, stripped (bool), and
+    affine, native_affine (4, 4) and native_shape, with which `to_native_grid` goes back.
     """
     image, stripped = darken_background(volumes["image"])
     entry = {"native_affine": image.affine.clone(), "native_shape": tuple(image.shape[1:])}
@@ -1301,17 +1258,12 @@ def to_working_grid(volumes, cfg):
 
 
 def to_native_grid(volume, entry):
-    """Return a volume (1, H, W, D) of the working grid on the scan's own grid (1, X, Y, Z).
-
-    Linear between voxel centres, 0 outside; the affines hold orientation, spacing and crop.
-    """
+    """Return a working-grid volume (1, H, W, D) on the scan's (1, X, Y, Z): linear, 0 outside."""
     resample = mt.SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
     volume, affine = MetaTensor(volume, affine=entry["affine"]), entry["native_affine"].clone()
-    length, *section = entry["native_shape"]
-    native = torch.empty(1, length, *section)
+    native = torch.empty(1, *entry["native_shape"])
     for slab in native.split(32, dim=1):  # MONAI holds the places of all voxels that it fills
-        target = {"dst_affine": affine, "spatial_size": slab.shape[1:]}
-        slab.copy_(resample(volume, **target).as_tensor())
+        slab.copy_(resample(volume, affine, slab.shape[1:]).as_tensor())
         affine[:3, 3] += slab.shape[1] * affine[:3, 0]
     return native
 
@@ -1346,9 +1298,8 @@ def build_train_transforms(cfg):
 
 
 class CutPatches(mt.Randomizable, mt.Transform):
-    """Cut patches out of a volume, some turned and scaled.
+    """Cut patches round PVS or elsewhere in the head out of a volume, some turned and scaled.
 
-    Round PVS or elsewhere in the head as POS_NEG_RATIO says, moved into the volume; 0 outside it.
     They are interpolated out of the volume: MONAI's crop and then affine smear a patch's border.
     """
 
@@ -1378,15 +1329,13 @@ class CutPatches(mt.Randomizable, mt.Transform):
         return turn * spacing / spacing[:, None] if turned or scaled else None
 
     def cut(self, volumes, centre, matrix):
-        """Return the patches (1, h, w, d) float32 of image and label round a voxel."""
-        half = self.size // 2
+        """Return the patches (1, h, w, d) float32 of image and label round a voxel; 0 outside."""
+        half, end, shape = self.size // 2, self.size - self.size // 2, volumes[0].shape[1:]
         if matrix is not None:
-            grid = np.stack(np.meshgrid(*map(np.arange, self.size), indexing="ij"), -1) - half
-            grid = grid @ matrix.T
+            grid = (np.stack(np.indices(self.size), -1) - half) @ matrix.T
             half = np.ceil(np.abs(matrix) @ self.size / 2).astype(int) + 1
-        end = self.size - half if matrix is None else half + 1
+            end = half + 1
         low, high = centre - half, centre + end
-        shape = volumes[0].shape[1:]
         inner = [slice(max(a, 0), min(b, n)) for a, b, n in zip(low, high, shape, strict=True)]
         beyond = np.maximum([-low, high - shape], 0).T[::-1].ravel().tolist()  # last axis first
         parts = [volume[(slice(None), *inner)].float() for volume in volumes]
@@ -1440,15 +1389,14 @@ def hash_voxels(volume):
 def fill_cache(case, cfg):
     """Return the facts of a case from its cache entry; else read, check, transform and write it.
 
-    The entry: the working-grid volumes and affines of `to_working_grid`; int32 flat indices of all
-    labelled voxels (foreground), a sample of the others (background) and of those of them in the
-    head; "facts" of the Case.
+    The entry: `to_working_grid`'s; int32 flat indices of all labelled voxels (foreground), a sample
+    of the others (background) and of those of them in the head; "facts" of the Case.
     """
     with suppress(OSError):
         return load_cached(case)["facts"]
     volumes, cautions = read_pair(case)
     image, label = volumes.values()
-    entry, true = to_working_grid(dict(volumes), cfg), label.as_tensor() > 0
+    entry, true = to_working_grid(volumes, cfg), label.as_tensor() > 0
     cautions += check_mask(case, label[0].as_tensor(), entry)
     back = to_native_grid(entry["label"].float(), entry) > 0.5  # as a probability
     dice = compute_dice(back[None], true[None], ignore_empty=False)
@@ -1478,8 +1426,8 @@ CACHED_SETTINGS = sorted(set(re.findall(r"cfg\.([A-Z]\w+)", "".join(CACHED_CODE)
 
 def cache_path(case, cfg):
     """Return where a case's prepared volume lies; other files, settings or code, another name."""
-    stats = [(path, os.stat(path)) for path in (case.image, case.label)]
-    files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    stats = {path: os.stat(path) for path in (case.image, case.label)}
+    files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()]
     settings = [getattr(cfg, name) for name in CACHED_SETTINGS]
     key = (files, settings, CACHED_CODE, LIBRARIES, INTERPOLATION, LARGEST_BRAIN)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
@@ -1513,10 +1461,7 @@ def check_free_disk(cases, cfg):
 
 
 def prepare_cases(cases, cfg):
-    """Check every voxel of all cases and cache them, in one pass; return them with their facts.
-
-    A ValueError lists everything that is wrong with the files.
-    """
+    """Check and cache all cases; return them with their facts, or list all that is wrong."""
     check_free_disk(cases, cfg)
     work = {"num_workers": worker_count(cfg), "worker_init_fn": leave_signals_to_the_run}
     work["collate_fn"] = functools.partial(prepare, cfg=cfg)  # in the workers
@@ -1528,9 +1473,9 @@ def prepare_cases(cases, cfg):
     remedy = "Repair these files (a mask must be on its scan's grid) or move them elsewhere."
     raise_problems(problems, remedy)
     cases, first = [case for case, _ in done], {}
-    for warning in [warning for case in cases for warning in case.warnings]:
-        log.warning("Warning: %s", warning)
     for case in cases:
+        for warning in case.warnings:
+            log.warning("Warning: %s", warning)
         other = first.setdefault(case.sha256, case)
         if other.subject != case.subject:
             problems.append(f"{case.image}: expected other voxels than {other.image} has")
@@ -1545,12 +1490,12 @@ def log_grids(cases, cfg):
     native = sorted({spacing_words(case.native_spacing) for case in cases})
     log.info("Native grid     %s", ", ".join(native))
     dices = [case.roundtrip_dice for case in cases if case.native_voxels] or [math.nan]
-    numbers = f"{np.mean(dices):.3f} ({min(dices):.3f} to {max(dices):.3f})"
-    log.info("Round trip      %s: native Dice of masks to the working grid and back", numbers)
+    told = "Round trip      %.3f (%.3f to %.3f): native Dice of masks to the working grid and back"
+    log.info(told, np.mean(dices), min(dices), max(dices))
     for case in cases:
         warn_if_far(case.image, case.native_spacing, usual, "")
-    ratios = working_spacing(usual, cfg) / usual
-    coarser = np.maximum(ratios, 1).prod()  # finer elsewhere gains nothing
+    # Finer elsewhere gains nothing.
+    coarser = np.maximum(working_spacing(usual, cfg) / usual, 1).prod()
     if coarser > 1.01:
         told = "Warning: the working grid is coarser than the scans, %.1f times in voxel volume. "
         told += "What that costs thin PVS is told by Round trip; --pix-dim %s avoids it."
@@ -1592,10 +1537,7 @@ class TrainingPatches(Dataset):
 
 
 class EpochSampler(Sampler):
-    """Yield the batches of (epoch, number), from `epoch` on without end: all cases in a new order.
-
-    Processes share it out; a few cases come twice where they would not have equally many.
-    """
+    """Yield batches of (epoch, number), from `epoch` on without end: all cases in a new order."""
 
     def __init__(self, count, cfg):
         self.count, self.seed, self.batch_size, self.epoch = count, cfg.SEED, cfg.BATCH_SIZE, 1
@@ -1607,6 +1549,7 @@ class EpochSampler(Sampler):
     def __iter__(self):
         for epoch in itertools.count(self.epoch):
             order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            # A few cases come twice where the processes would not have equally many.
             order = share(np.resize(order, self.shared * process_number("WORLD_SIZE")).tolist())
             for start in range(0, self.shared, self.batch_size):
                 yield [(epoch, number) for number in order[start : start + self.batch_size]]
@@ -1658,10 +1601,7 @@ def build_unetplusplus(cfg):
 
 
 def build_dynunet(cfg):
-    """Return MONAI's U-Net after nnU-Net (Isensee et al. 2021, 10.1038/s41592-020-01008-z).
-
-    It has skips at all resolutions, the image's included, instance norm and at most 320 channels.
-    """
+    """Return MONAI's U-Net after nnU-Net (Isensee et al. 2021, 10.1038/s41592-020-01008-z)."""
     depth = cfg.ENCODER_DEPTH
     filters = [min(cfg.DECODER_WIDTH * 2**i, 320) for i in range(depth + 1)]
     settings = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "filters": filters}
@@ -1670,10 +1610,9 @@ def build_dynunet(cfg):
 
 
 def build_model(cfg, pretrained=True):
-    """Return the network that ARCHITECTURE names, on the CPU.
+    """Return the network, images (B, 1, H, W, D) in [0, 1] to logits of that shape, on the CPU.
 
-    Takes images (B, 1, H, W, D), in [0, 1] but for noise, and gives logits of that shape. The
-    weights are a function of SEED, or ENCODER_WEIGHTS where they are `pretrained`.
+    The weights are a function of SEED, or ENCODER_WEIGHTS where they are `pretrained`.
     """
     torch.manual_seed(cfg.SEED)
     model = globals()["build_" + cfg.ARCHITECTURE](cfg)
@@ -1694,22 +1633,19 @@ def describe_network(cfg):
 
 
 def load_encoder_weights(encoder, cfg):
-    """Load a 2D EfficientNet's state dict into the 3D encoder; ImageNet's is downloaded once.
-
-    The stem's RGB kernels are summed to one channel; the encoder copies every 2D kernel along the
-    third axis and divides by its length there.
-    """
+    """Load a 2D EfficientNet's state dict into the 3D encoder; ImageNet's is downloaded once."""
     url = smp.encoders.encoders[cfg.ENCODER_NAME]["pretrained_settings"]["imagenet"]["url"]
     path, remedy = cfg.ENCODER_WEIGHTS, "Remove or replace the file"
     how = {"map_location": "cpu", "weights_only": True}
     try:
-        if cfg.ENCODER_WEIGHTS == "imagenet":
+        if path == "imagenet":
             path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
             remedy = f"Fetch {url} and put it there"
             how |= {"progress": sys.stderr.isatty(), "check_hash": True}
             state = torch.hub.load_state_dict_from_url(url, **how)
         else:
             state = torch.load(path, **how)
+        # RGB to one channel; the encoder itself spreads 2D kernels along the third axis.
         state["_conv_stem.weight"] = state["_conv_stem.weight"].sum(1, keepdim=True)
         encoder.load_state_dict(state)
     except READ_ERRORS as error:
@@ -1766,16 +1702,15 @@ LESION_RULES = {"any": "any overlap", "iou": "IoU above 0.1"}  # what makes a PV
 def calculate_lesion_metrics(pred, label):
     """Return counts, matches, sensitivity, precision and F1 of the PVS of two masks (X, Y, Z).
 
-    PVS are 26-connected components. One counts as matched where any voxel of it lies in the other
-    mask ("any"), or where its best single counterpart has an IoU above 0.1 ("iou"). Each side is
-    counted on its own: no ratio exceeds 1, however PVS are split or merged. See EMPTY_MASKS.
+    PVS are 26-connected components, matched as LESION_RULES says. Each side is counted on its own:
+    no ratio exceeds 1, however PVS are split or merged. See EMPTY_MASKS.
     """
     (true, true_count), (found, found_count) = (ndimage.label(m, TOUCHING) for m in (label, pred))
-    true_sizes, found_sizes = np.bincount(true.ravel()), np.bincount(found.ravel())
     overlap = (true > 0) & (found > 0)
     pairs = np.stack([true[overlap], found[overlap]])
     (true_ids, found_ids), hits = np.unique(pairs, axis=1, return_counts=True)
-    iou = hits / (true_sizes[true_ids] + found_sizes[found_ids] - hits)
+    unions = np.bincount(true.ravel())[true_ids] + np.bincount(found.ravel())[found_ids] - hits
+    iou = hits / unions
     row = {"count_label": true_count, "count_pred": found_count}
     both_empty = float(true_count == found_count == 0)
     for rule, matches in {"any": iou > 0, "iou": iou > 0.1}.items():
@@ -1792,15 +1727,14 @@ def calculate_lesion_metrics(pred, label):
 def calculate_boundary_metrics(pred, label, spacing):
     """Return {"nsd_voxel", "nsd_1mm", "hd95_mm", "one_mask_empty"} of two masks (X, Y, Z).
 
-    Normalised surface Dice at a tolerance of the largest voxel side and of 1 mm (Nikolov et al.
-    2021, 10.2196/26151), and the 95th percentile of the Hausdorff distance (mm), of surface voxels
-    with sides `spacing` (mm). One mask empty: EMPTY_MASKS, since MONAI's NaN would drop out.
+    Normalised surface Dice at a tolerance of the largest side of voxels, `spacing` (mm), and 1 mm
+    (Nikolov et al. 2021, 10.2196/26151), and the Hausdorff distance's 95th percentile (mm).
     """
-    if not pred.any() or not label.any():
-        same = not (pred.any() or label.any())
-        diagonal = np.linalg.norm(np.multiply(spacing, pred.shape))
-        row = {"nsd_voxel": float(same), "nsd_1mm": float(same)}
-        return row | {"hd95_mm": 0.0 if same else float(diagonal), "one_mask_empty": not same}
+    if not pred.any() or not label.any():  # see EMPTY_MASKS; MONAI's NaN would drop out
+        same = bool(pred.any() == label.any())
+        diagonal = float(np.linalg.norm(np.multiply(spacing, pred.shape)))
+        values = float(same), float(same), 0.0 if same else diagonal, not same
+        return dict(zip(("nsd_voxel", "nsd_1mm", "hd95_mm", "one_mask_empty"), values, strict=True))
     masks = [torch.from_numpy(mask)[None, None] for mask in (pred, label)]
     settings, row = {"include_background": True, "spacing": [float(mm) for mm in spacing]}, {}
     for name, tolerance in {"nsd_voxel": max(spacing), "nsd_1mm": 1}.items():
@@ -1815,8 +1749,7 @@ def calculate_cldice(pred, label):
     """Return the centreline Dice of two masks (Shit et al. 2021, 10.1109/CVPR46437.2021.01629).
 
     Of the skeleton of each mask the share within the other one, in harmonic mean. The skeletons are
-    MONAI's, soft ones of tubes up to 16 voxels wide: scikit-image's loses tubes of even width, and
-    would be a package more. See EMPTY_MASKS.
+    MONAI's, soft ones of tubes up to 16 voxels wide; scikit-image's loses those of even width.
     """
     if not pred.any() or not label.any():
         return float(pred.any() == label.any())
@@ -1830,11 +1763,8 @@ def calculate_cldice(pred, label):
 
 
 def calculate_average_precision(prob, label):
-    """Return the area under precision against recall of the voxels; None: no PVS in the label.
-
-    As scikit-learn's average_precision_score, which takes 65 bytes a voxel: the precision where
-    each PVS voxel's probability is the threshold, in the mean.
-    """
+    """Return the area under precision against recall of the voxels; None: no PVS in the label."""
+    # As scikit-learn's average_precision_score, which takes 65 bytes a voxel.
     values, counts = np.unique(prob[label], return_counts=True)
     if not len(values):
         return None
@@ -1876,9 +1806,8 @@ def number_components(mask):
 def measure_components(components, affine, prob=None, other=None):
     """Return a row of PVS_COLUMNS for each PVS of `number_components`, (X, Y, Z), in mm, RAS.
 
-    A rod of length L has the variance L^2 / 12 along itself. Voxels are boxes, not points: a single
-    one has its own sides as length. Linearity: Westin et al. 2002, 10.1016/S1361-8415(02)00053-1.
-    `prob`: probabilities; `other`: the components of the other mask.
+    `prob`: probabilities; `other`: the components of the other mask. Linearity: Westin et al. 2002,
+    10.1016/S1361-8415(02)00053-1.
     """
     voxels = np.nonzero(components)
     own, count = components[voxels].astype(int) - 1, int(components.max())
@@ -1891,6 +1820,7 @@ def measure_components(components, affine, prob=None, other=None):
     centroids = np.stack([mean(axis) for axis in places.T], 1)
     away = places - centroids[own]
     spread = np.array([[mean(a * b) for b in away.T] for a in away.T]).transpose(2, 0, 1)
+    # A rod or a side of length L has the variance L^2 / 12; voxels are boxes, not points.
     variances, axes = np.linalg.eigh(spread + sides @ sides.T / 12)
     volumes = sizes * abs(np.linalg.det(sides))
     lengths = np.sqrt(12 * variances[:, 2])
@@ -1898,21 +1828,18 @@ def measure_components(components, affine, prob=None, other=None):
     axis = axes[:, :, 2] * np.where(axes[:, 2:, 2] < 0, -1, 1)
     axis[linearity < 1e-6] = np.nan
     widths = np.sqrt(4 * volumes / (np.pi * lengths))
-    shape = np.column_stack([volumes, centroids, lengths, widths, linearity.round(6), axis])
-    means = mean(prob[voxels]) if prob is not None else np.full(count, np.nan)
-    iou = np.full(count, np.nan)
+    shape = [volumes, centroids, lengths, widths, linearity.round(6), axis]
+    means = np.full(count, np.nan) if prob is None else mean(prob[voxels])
+    iou = np.full(count, np.nan if other is None else 0.0)
     if other is not None:
         pairs = np.stack([own, other[voxels]])[:, other[voxels] > 0]
         (ids, theirs), hits = np.unique(pairs, axis=1, return_counts=True)
-        iou[:] = 0
         unions = sizes[ids] + np.bincount(other.ravel())[theirs] - hits
         np.maximum.at(iou, ids, hits / unions)
     rows = []
-    for number, numbers in enumerate(np.column_stack([shape, means]), 1):
-        share = iou[number - 1]
-        known = [None if np.isnan(value) else float(f"{value:.5g}") for value in (*numbers, share)]
-        matched = None if np.isnan(share) else bool(share)
-        values = number, f"PVS {number}", *known[:-1], matched, known[-1]
+    for number, numbers in enumerate(np.column_stack([*shape, means, iou]), 1):
+        *known, share = [None if np.isnan(n) else float(f"{n:.5g}") for n in numbers]
+        values = number, f"PVS {number}", *known, None if share is None else share > 0, share
         rows.append(dict(zip(PVS_COLUMNS, values, strict=True)))
     return rows
 
@@ -1931,9 +1858,8 @@ def rate_busiest_section(mask, affine, middle):
     """Return (most PVS on an axial section of one hemisphere, its grade 0 to 4, side, its z in mm).
 
     PVS are the parts of a section that touch, also at corners. The sagittal plane through `middle`,
-    a point (3,) in mm, parts the hemispheres. It is the whole section, at the scan's own slice
-    thickness, of no region: not the rating of basal ganglia or centrum semiovale (Potter et al.
-    2015, 10.1159/000375153), whose grades it takes.
+    a point (3,) in mm, parts the hemispheres. It is of the whole section: not the rating of basal
+    ganglia or centrum semiovale (Potter et al. 2015, 10.1159/000375153), whose grades it takes.
     """
     turn = nib.io_orientation(affine)
     mask = nib.apply_orientation(mask, turn)
@@ -1953,11 +1879,9 @@ def rate_busiest_section(mask, affine, middle):
 
 
 def network_input(image, device, cfg):
-    """Return images (B, 1, H, W, D) on `device`, in the memory layout that is right and fast.
-
-    Channels-last is faster on CPUs, but gives wrong bfloat16 gradients of depthwise convolutions
-    (torch 2.14.1). On an H100 it is slower, with efficientnet-b7 4 (training) and 11 times.
-    """
+    """Return images (B, 1, H, W, D) on `device`, in the memory layout that is right and fast."""
+    # Channels-last is faster on CPUs, but gives wrong bfloat16 gradients of depthwise convolutions
+    # (torch 2.14.1). On an H100 it is slower, with efficientnet-b7 4 (training) and 11 times.
     wrong = torch.is_grad_enabled() and autocast_dtype(device, cfg) != torch.float32
     layout = torch.contiguous_format if device.type != "cpu" or wrong else torch.channels_last_3d
     # Not `contiguous`, which leaves images of one channel as they are.
@@ -1989,9 +1913,9 @@ class OpenVINO(nn.Module):
 
 def for_inference(model, cfg):
     """Return the network, on its device, as ENGINE runs it."""
-    model = model.to(choose_device(cfg))
-    on_cpu = choose_device(cfg).type == "cpu"
-    return OpenVINO(model, cfg) if on_cpu and cfg.ENGINE == "openvino" else model
+    device = choose_device(cfg)
+    compiled = device.type == "cpu" and cfg.ENGINE == "openvino"
+    return OpenVINO(model.to(device), cfg) if compiled else model.to(device)
 
 
 @torch.inference_mode()
@@ -2000,8 +1924,7 @@ def predict_logits(model, image, cfg, overlap, mirrored=()):
 
     Windows overlap and are blended with Gaussian weights; a volume smaller than one is padded.
     Along the axes `mirrored` every other window is mirrored, so that at an overlap of 0.5 all but
-    the outer voxels, half a window on each side, are seen both ways in one pass; these windows have
-    even distances and flatter weights.
+    the outer voxels are seen both ways in one pass; these have even distances and flatter weights.
     """
     model.eval()
     device = place = next(model.parameters()).device
@@ -2056,10 +1979,7 @@ def predict_prob(model, image, cfg):
 
 
 def predict_case(model, entry, cfg):
-    """Return the float32 probabilities of PVS on working grid (H, W, D) and native grid (X, Y, Z).
-
-    It is them, not the mask, that go to the native grid: what they say between voxels is kept.
-    """
+    """Return the float32 probabilities of PVS on working (H, W, D) and native grid (X, Y, Z)."""
     prob = predict_prob(model, entry["image"], cfg)
     return prob[0].cpu().numpy(), to_native_grid(prob, entry)[0].cpu().numpy()
 
@@ -2178,9 +2098,9 @@ def read_last(path, cfg, options):
 def warn_of_other_versions(content, cfg):
     """Tell which packages, or which number format, are not those that a run began with."""
     now = describe_origin(cfg)
-    message = "Warning: the run began with %s %s, now it is %s: the numbers may differ"
+    told = "Warning: the run began with %s %s, now it is %s: the numbers may differ"
     for name, then in sorted(content["versions"].items() - now.items()):
-        log.warning(message, name, then, now.get(name))
+        log.warning(told, name, then, now.get(name))
 
 
 def split_as_before(cases, content):
@@ -2232,8 +2152,7 @@ WARM_UP = 30  # steps in which the poly schedule rises to LR
 class TrainState:
     """All that training changes: model, AdamW, schedule, float16's scaler, progress.
 
-    It goes on from `last`, the content of last.pth. No random state is among it: all randomness is
-    a function of SEED and epoch.
+    It goes on from `last`, the content of last.pth. All randomness is a function of SEED and epoch.
     """
 
     def __init__(self, model, cfg, last=None):
@@ -2254,30 +2173,25 @@ class TrainState:
                 part.load_state_dict(last[name])
 
     def set_rate(self, share):
-        """Set the learning rate of a step under poly; `share`: which part of the epoch is done.
-
-        It falls from LR as (1 - progress)^0.9, after WARM_UP steps. A clock would tell processes
-        apart, and a run that goes on; so the history alone says how far a run by minutes is.
-        """
+        """Set the learning rate of a step under poly; `share`: which part of the epoch is done."""
         history, cfg = self.progress["history"], self.cfg
         if cfg.LR_SCHEDULE == "plateau":
             return
+        # A clock would tell processes apart, and a run that goes on; the history does not.
         begin, end = (planned_progress(history, cfg, more) for more in (0, 1))
         rate = cfg.LR * (1 - begin - share * (end - begin)) ** 0.9
         for group in self.optimizer.param_groups:
             group["lr"] = rate * min(1, (1 + self.progress["steps"]) / WARM_UP)
 
     def step(self):
-        """Make a step with the gradients, clipped, and clear them; return their norm.
-
-        It is 0 where float16's scaler passed over them as too large, unless too often.
-        """
+        """Make a step with the gradients, clipped, and clear them; return their norm."""
         self.progress["steps"] += 1
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.GRAD_CLIP))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        # What float16's scaler passes over as too large is no error, unless that is too often.
         passed_over = self.scaler.is_enabled() and self.scaler.get_scale() > 1e-4
         return 0.0 if passed_over and not math.isfinite(norm) else norm
 
@@ -2338,11 +2252,9 @@ def validate(model, cases, cfg, epoch):
 def fit(run, model, cfg, split, last=None):
     """Train until EPOCHS, or until EARLY_STOPPING validations in a row brought no better Dice.
 
-    `best_model.pth` has the weights of the best validation Dice, from the first epoch on;
-    `last.pth` after every epoch all that going on takes, and `last` is its content. A thread writes
-    them while the next epoch trains. The validation of a last epoch out of its turn may choose the
-    weights, but changes nothing else: a run that goes on to more epochs takes it back and is the
-    one that had them from the start.
+    `last`: the content of last.pth. A thread writes checkpoints while the next epoch trains. The
+    validation of a last epoch out of its turn may choose the weights, but changes nothing else: a
+    run that goes on to more epochs takes it back and is the one that had them from the start.
     """
     device, parallel = next(model.parameters()).device, model
     loader, state = build_train_loader(split["train"], cfg, device), TrainState(model, cfg, last)
@@ -2380,30 +2292,18 @@ def fit(run, model, cfg, split, last=None):
             writing.result()
 
 
-def seconds_left(history, cfg):
-    """Return what MAX_MINUTES leaves after these epochs; without a limit, infinity."""
-    spent = sum(row["seconds"] for row in history)
-    return 60 * cfg.MAX_MINUTES - spent if cfg.MAX_MINUTES else math.inf
-
-
 def planned_progress(history, cfg, more=0):
-    """Return which part of the planned training is done after these epochs and `more` of them.
-
-    It is the larger of epochs over EPOCHS and minutes over MAX_MINUTES; 1 where less than half of
-    an epoch is left, so that a run by the clock ends there, its learning rate at 0.
-    """
+    """Return which part of EPOCHS or MAX_MINUTES is done after these epochs and `more` of them."""
     seconds = float(np.mean([row["seconds"] for row in history] or [0]))
     share = max(1 / cfg.EPOCHS, seconds / (60 * cfg.MAX_MINUTES or math.inf))  # of an epoch
     done = share * (len(history) + more)
-    return done if done + share / 2 < 1 else 1.0
+    return done if done + share / 2 < 1 else 1.0  # by the clock the nearest epoch is the last
 
 
 def stops_early(progress, cfg):
-    """Return whether EPOCHS, EARLY_STOPPING or MAX_MINUTES ends the training; print the latter.
-
-    Never early while the Dice has not left 0: with 0.1 % foreground it can stay there for long.
-    """
+    """Return whether EPOCHS, EARLY_STOPPING or MAX_MINUTES ends the training; print the latter."""
     waited, late = progress["waited"], planned_progress(progress["history"], cfg) == 1
+    # With 0.1 % foreground the Dice can stay at 0 for long.
     early = waited >= cfg.EARLY_STOPPING and progress["best_dice"] > 0
     if early:
         log.info("Stopped early: no better validation Dice in %d validations", waited)
@@ -2465,10 +2365,7 @@ def copy_of(part, old=None):
 
 
 def save_epoch(run, state, split, improved, in_turn):
-    """Return the work, for a thread, of writing checkpoints and history as they are now.
-
-    Its copies let the next epoch train meanwhile: a gigabyte takes seconds.
-    """
+    """Return the work, for a thread, of writing checkpoints and history as they are now."""
     cfg, progress = state.cfg, copy_of(state.progress)
     parts = {name: part.state_dict() for name, part in state.parts.items()}
     parts = state.copies = copy_of(parts, state.copies)
@@ -2515,11 +2412,13 @@ def log_epoch(history, improved, split, cfg):
     if len(history) == 1:
         log.info("epoch  train loss   Dice    val loss   Dice         LR  seconds  time left")
     loss, dice = ("-" if row[k] is None else f"{row[k]:.4f}" for k in ("val_loss", "val_dice"))
-    left = (cfg.EPOCHS - row["epoch"]) * np.mean([r["seconds"] for r in history[-20:]])
-    left = max(min(left, seconds_left(history, cfg)), 0) + seconds_of_test(history, split, cfg)
-    left = timedelta(seconds=round(left))
-    cells = [loss, dice, "*" if improved else " ", row["lr"], row["seconds"], left]
+    seconds = [r["seconds"] for r in history]
+    left = (cfg.EPOCHS - row["epoch"]) * np.mean(seconds[-20:])
+    left = min(left, (60 * cfg.MAX_MINUTES or math.inf) - sum(seconds))
+    left = max(left, 0) + seconds_of_test(history, split, cfg)
+    cells = [loss, dice, "*" if improved else " ", row["lr"], row["seconds"]]
     cells = [row["epoch"], row["train_loss"], row["train_dice"], *cells]
+    cells.append(timedelta(seconds=round(left)))
     log.info("%5d %11.4f %6.4f %11s %6s%s %9.1e %8.1f %10s", *cells)
 
 
