@@ -69,8 +69,7 @@ class Settings:
         for name, value in list(vars(cls).items()):
             if name.isupper():
                 cls.__annotations__.setdefault(name, object)
-                refused = isinstance(value, list | np.ndarray)  # by dataclasses
-                setattr(cls, name, tuple(value) if refused else value)
+                setattr(cls, name, tuple(value) if isinstance(value, list | np.ndarray) else value)
         dataclass(frozen=True)(cls)
 
 
@@ -211,13 +210,12 @@ RECIPES = {  # named sets of flags, chosen with --recipe; one of your own is one
 LIMITS = (  # smallest and largest value of settings
     (1, 10**6, "BATCH_SIZE ACCUMULATE_STEPS SW_BATCH_SIZE DECODER_WIDTH CROPS_PER_VOLUME"),
     (1, 10**6, "EPOCHS VAL_EVERY EARLY_STOPPING"),
-    (0, 10**6, "NUM_WORKERS LR_PATIENCE LR_MIN WEIGHT_DECAY POS_NEG_RATIO SMALLEST_PVS"),
+    (0, 10**6, "NUM_WORKERS LR_PATIENCE LR_MIN WEIGHT_DECAY POS_NEG_RATIO SMALLEST_PVS HEAD_DEPTH"),
     (1e-12, 10**6, "LR GRAD_CLIP"),
     (1e-6, 0.999999, "TEST_FRACTION VAL_FRACTION LR_FACTOR THRESHOLD"),
     (0, 0.999999, "BATCHNORM_MOMENTUM"),
     (0, 0.9, "SW_OVERLAP VAL_OVERLAP"),
     (0, 0.5, "SPACING_TOLERANCE"),
-    (0, 10**4, "HEAD_DEPTH"),
     (0, 2**32 - 1, "SEED MAX_MINUTES"),
     (3, 5, "ENCODER_DEPTH"),
     (8, 1024, "IMG_PATCH_SIZE"),
@@ -683,9 +681,8 @@ def join_participants(rows, folders):
             table = csv.DictReader(file, delimiter="\t")
             known |= {(folder, row.get("participant_id")): row for row in table}
     names = list(dict.fromkeys(itertools.chain(*known.values())))
-    keys = zip(folders, [row["participant_id"] for row in rows], strict=True)
-    facts = [known.get(key, {}) for key in keys]
-    pairs = zip(rows, facts, strict=True)
+    pairs = zip(folders, rows, strict=True)
+    pairs = [(row, known.get((folder, row["participant_id"]), {})) for folder, row in pairs]
     return [row | {n: own.get(n) for n in names if n and n not in row} for row, own in pairs]
 
 
@@ -944,10 +941,7 @@ def look_inside(path):
 
 @np.errstate(all="ignore")  # of an affine with inf or NaN
 def read_header(path):
-    """Return a NIfTI file as a nibabel image, voxels not read yet, and its 3D shape (X, Y, Z).
-
-    A ValueError names the file and what no scan has; trailing axes of length 0 or 1 are accepted.
-    """
+    """Return (nibabel's image of a NIfTI file, its 3D shape); a ValueError if it is no scan's."""
     try:
         volume = nib.load(path)
         kind, affine = volume.get_data_dtype(), volume.affine
@@ -971,10 +965,7 @@ def read_header(path):
 
 
 def read_volume(path):
-    """Return the MetaTensor (1, X, Y, Z) float32 of a NIfTI file, native grid, scaling applied.
-
-    A ValueError names a file that is cut off, damaged (the gzip checksum is compared), not finite.
-    """
+    """Return the MetaTensor (1, X, Y, Z) float32 of a NIfTI file; a ValueError if it is damaged."""
     header, shape = read_header(path)
     stored = header.dataobj
     spec = (stored.dtype, stored.offset, stored.slope, stored.inter)
@@ -993,14 +984,11 @@ def read_volume(path):
 
 
 def readings(header):
-    """Return {name: affine} of the places that programs give the voxels; see docs/data.md.
-
-    The first is nibabel's and MONAI's, and the one used here. ITK's programs take the voxel's sides
-    from pixdim, and have the identity where there is no code (seen with SimpleITK 2.5).
-    """
+    """Return {name: affine} of the places that programs give the voxels; the first is used here."""
     found = {"sform": header.get_sform(coded=True)[0], "qform": None}
     with suppress(ValueError):  # a quaternion that was rounded
         found["qform"] = header.get_qform(coded=True)[0]
+    # ITK's programs (ITK-SNAP, ANTs, 3D Slicer, nnU-Net), seen with SimpleITK 2.5: docs/data.md.
     itk = found["sform" if header["sform_code"] == 1 or found["qform"] is None else "qform"]
     itk = np.diag([-1.0, -1, 1, 1]) if itk is None else itk.copy()  # its axes: left, back, up
     itk[:3, :3] *= np.divide(header.get_zooms()[:3], nib.affines.voxel_sizes(itk))
@@ -1118,11 +1106,7 @@ def own_spacing(cases):
 
 
 def split_cases(cases, cfg):
-    """Divide the cases by subject into {"train": cases, "val": cases, "test": cases}.
-
-    As the file SPLIT says, else drawn from the sorted subjects with SEED: of the 200 of ds005595 as
-    published. With FOLDS the test part is FOLD's, and these parts hold every subject once.
-    """
+    """Divide the cases by subject into {"train": cases, ..}; those of ds005595 as published."""
     subjects, seed = sorted({case.subject for case in cases}), {"random_state": cfg.SEED}
     if cfg.SPLIT:
         split = read_split(cfg.SPLIT, subjects)
@@ -1221,8 +1205,7 @@ def scale_intensity(image, percentiles):
 def build_transforms(cfg):
     """Return the deterministic transforms, native grid (1, X, Y, Z) to working grid (1, H, W, D).
 
-    The image ends in [0, 1], the label as 0 or 1; it may be missing. A change of this code makes a
-    new cache; a function of your own that it calls belongs in MAKERS.
+    The image ends in [0, 1], the label as 0 or 1. A function of your own here belongs in MAKERS.
     """
     scale = functools.partial(scale_intensity, percentiles=cfg.INTENSITY_PERCENTILES)
     head = functools.partial(keep_head, depth=cfg.HEAD_DEPTH)
@@ -1231,15 +1214,14 @@ def build_transforms(cfg):
     for bound, sign in (("min_pixdim", -1), ("max_pixdim", 1)):
         spacing[bound] = [side * (1 + sign * cfg.SPACING_TOLERANCE) for side in cfg.PIX_DIM]
     crop = {"source_key": "image", "select_fn": head, "margin": 2, "allow_smaller": True}
-    return mt.Compose(
-        [
-            mt.AsDiscreted("label", threshold=1e-6, allow_missing_keys=True),
-            mt.Orientationd(BOTH, axcodes="RAS", labels=None, allow_missing_keys=True),
-            mt.Spacingd(BOTH, **spacing, allow_missing_keys=True),
-            mt.CropForegroundd(BOTH, **crop, allow_missing_keys=True),
-            mt.Lambdad("image", scale),
-        ]
-    )
+    steps = [
+        mt.AsDiscreted("label", threshold=1e-6, allow_missing_keys=True),
+        mt.Orientationd(BOTH, axcodes="RAS", labels=None, allow_missing_keys=True),
+        mt.Spacingd(BOTH, **spacing, allow_missing_keys=True),
+        mt.CropForegroundd(BOTH, **crop, allow_missing_keys=True),
+        mt.Lambdad("image", scale),
+    ]
+    return mt.Compose(steps)
 
 
 def to_working_grid(volumes, cfg):
@@ -1283,25 +1265,19 @@ def build_train_transforms(cfg):
     elastic = {"spatial_size": cfg.IMG_PATCH_SIZE, "rand_size": (6, 6, 6), "def_range": 0.04}
     elastic |= {"field_mode": "trilinear", "align_corners": True, "grid_align_corners": True}
     elastic["grid_mode"] = INTERPOLATION
-    return mt.Compose(
-        [
-            mt.RandCropByPosNegLabeld(BOTH, **crop),
-            mt.EnsureTyped(BOTH, dtype=torch.float32),
-            mt.RandAffined(BOTH, prob=0.3, **affine),
-            mt.RandSmoothDeformd(BOTH, prob=0.2, **elastic),
-            mt.RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
-            mt.RandGaussianNoised("image", prob=0.2, std=0.05),
-            *flips,
-            plain,
-        ]
-    )
+    steps = [
+        mt.RandCropByPosNegLabeld(BOTH, **crop),
+        mt.EnsureTyped(BOTH, dtype=torch.float32),
+        mt.RandAffined(BOTH, prob=0.3, **affine),
+        mt.RandSmoothDeformd(BOTH, prob=0.2, **elastic),
+        mt.RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
+        mt.RandGaussianNoised("image", prob=0.2, std=0.05),
+    ]
+    return mt.Compose([*steps, *flips, plain])
 
 
 class CutPatches(mt.Randomizable, mt.Transform):
-    """Cut patches round PVS or elsewhere in the head out of a volume, some turned and scaled.
-
-    They are interpolated out of the volume: MONAI's crop and then affine smear a patch's border.
-    """
+    """Cut patches round PVS or elsewhere in the head out of a volume, some turned and scaled."""
 
     def __init__(self, cfg):
         self.cfg, self.size = cfg, np.array(cfg.IMG_PATCH_SIZE)
@@ -1331,7 +1307,7 @@ class CutPatches(mt.Randomizable, mt.Transform):
     def cut(self, volumes, centre, matrix):
         """Return the patches (1, h, w, d) float32 of image and label round a voxel; 0 outside."""
         half, end, shape = self.size // 2, self.size - self.size // 2, volumes[0].shape[1:]
-        if matrix is not None:
+        if matrix is not None:  # MONAI's crop and then affine would smear the border
             grid = (np.stack(np.indices(self.size), -1) - half) @ matrix.T
             half = np.ceil(np.abs(matrix) @ self.size / 2).astype(int) + 1
             end = half + 1
@@ -1556,12 +1532,9 @@ class EpochSampler(Sampler):
 
 
 class TrainLoader(DataLoader):
-    """A loader of the sampler's `epoch`, whose workers go on with the next one's batches.
+    """A loader of the sampler's `epoch`, whose workers go on with the next one's batches."""
 
-    So training waits for none after a validation: half of short epochs on an H100 without it.
-    """
-
-    batches, following = None, None
+    batches, following = None, None  # waiting after validations took half of epochs on an H100
 
     def __iter__(self):
         epoch = self.batch_sampler.epoch
@@ -1610,11 +1583,8 @@ def build_dynunet(cfg):
 
 
 def build_model(cfg, pretrained=True):
-    """Return the network, images (B, 1, H, W, D) in [0, 1] to logits of that shape, on the CPU.
-
-    The weights are a function of SEED, or ENCODER_WEIGHTS where they are `pretrained`.
-    """
-    torch.manual_seed(cfg.SEED)
+    """Return the network, images (B, 1, H, W, D) in [0, 1] to logits of that shape, on the CPU."""
+    torch.manual_seed(cfg.SEED)  # of all weights but those of ENCODER_WEIGHTS
     model = globals()["build_" + cfg.ARCHITECTURE](cfg)
     if cfg.ARCHITECTURE == "unetplusplus" and cfg.ENCODER_WEIGHTS != "none" and pretrained:
         load_encoder_weights(model.encoder, cfg)
@@ -1628,8 +1598,8 @@ def describe_network(cfg):
     """Return the network in the words that log and files show."""
     if cfg.ARCHITECTURE == "unetplusplus":
         return f"UNet++ with {cfg.ENCODER_NAME}"
-    sizes = f"{cfg.ENCODER_DEPTH + 1} levels, {cfg.DECODER_WIDTH} channels at full resolution"
-    return f"DynUNet, {sizes}"
+    levels, width = cfg.ENCODER_DEPTH + 1, cfg.DECODER_WIDTH
+    return f"DynUNet, {levels} levels, {width} channels at full resolution"
 
 
 def load_encoder_weights(encoder, cfg):
@@ -1664,9 +1634,8 @@ def start_at_log_odds(model, cases, cfg):
 
 # -------------------------------------------------------------------------------- Loss and metrics
 
-# 0.5 BCE + 0.5 Dice loss of logits and labels (B, 1, H, W, D), both float32. The Dice term is one
-# over the whole batch, smoothed by 1, since a patch may hold no PVS (Milletari et al. 2016,
-# 10.1109/3DV.2016.79).
+# 0.5 BCE + 0.5 Dice loss of float32 logits and labels (B, 1, H, W, D). One Dice over the batch,
+# smoothed by 1, since a patch may hold no PVS (Milletari et al. 2016, 10.1109/3DV.2016.79).
 loss_function = DiceCELoss(
     sigmoid=True, batch=True, smooth_nr=1, smooth_dr=1, lambda_dice=0.5, lambda_ce=0.5
 )
@@ -1804,11 +1773,7 @@ def number_components(mask):
 
 
 def measure_components(components, affine, prob=None, other=None):
-    """Return a row of PVS_COLUMNS for each PVS of `number_components`, (X, Y, Z), in mm, RAS.
-
-    `prob`: probabilities; `other`: the components of the other mask. Linearity: Westin et al. 2002,
-    10.1016/S1361-8415(02)00053-1.
-    """
+    """Return a row of PVS_COLUMNS for each of `components`, matched with the PVS of `other`."""
     voxels = np.nonzero(components)
     own, count = components[voxels].astype(int) - 1, int(components.max())
     places, sides = nib.affines.apply_affine(affine, np.stack(voxels, 1)), affine[:3, :3]
@@ -1824,7 +1789,7 @@ def measure_components(components, affine, prob=None, other=None):
     variances, axes = np.linalg.eigh(spread + sides @ sides.T / 12)
     volumes = sizes * abs(np.linalg.det(sides))
     lengths = np.sqrt(12 * variances[:, 2])
-    linearity = 1 - variances[:, 1] / variances[:, 2]
+    linearity = 1 - variances[:, 1] / variances[:, 2]  # Westin 2002, 10.1016/S1361-8415(02)00053-1
     axis = axes[:, :, 2] * np.where(axes[:, 2:, 2] < 0, -1, 1)
     axis[linearity < 1e-6] = np.nan
     widths = np.sqrt(4 * volumes / (np.pi * lengths))
@@ -1900,9 +1865,8 @@ class OpenVINO(nn.Module):
         with warnings.catch_warnings():  # of branches that the shape decides
             warnings.simplefilter("ignore")
             converted = openvino.convert_model(model, example_input=torch.zeros(shape), input=shape)
-        bf16 = autocast_dtype(torch.device("cpu"), cfg) == torch.bfloat16
-        how = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
-        how["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
+        kind = {torch.bfloat16: "bf16"}.get(autocast_dtype(torch.device("cpu"), cfg), "f32")
+        how = {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self.compiled = openvino.Core().compile_model(converted, "CPU", how)
 
     def forward(self, image):
@@ -1922,9 +1886,9 @@ def for_inference(model, cfg):
 def predict_logits(model, image, cfg, overlap, mirrored=()):
     """Return the logits (1, 1, H, W, D) float32 of a volume (1, H, W, D), both on the working grid.
 
-    Windows overlap and are blended with Gaussian weights; a volume smaller than one is padded.
-    Along the axes `mirrored` every other window is mirrored, so that at an overlap of 0.5 all but
-    the outer voxels are seen both ways in one pass; these have even distances and flatter weights.
+    Windows overlap and are blended with Gaussian weights; a smaller volume is padded. Along the
+    axes `mirrored` every other one is mirrored, at even distances and with flatter weights: at an
+    overlap of 0.5 all but the outer voxels are seen both ways.
     """
     model.eval()
     device = place = next(model.parameters()).device
@@ -1938,8 +1902,7 @@ def predict_logits(model, image, cfg, overlap, mirrored=()):
     steps = np.ceil(beyond / np.maximum(np.ceil(beyond / least), 1)).clip(1)
 
     def mirror(windows, places):
-        odd = ([np.ceil(p[a + 2].start / steps[a]) % 2 == 1 for a in range(3)] for p in places)
-        axes = ([a + 1 for a in mirrored if of_window[a]] for of_window in odd)
+        axes = ([a + 1 for a in mirrored if np.ceil(p[a + 2].start / steps[a]) % 2] for p in places)
         return torch.stack([w.flip(own) for w, own in zip(windows, axes, strict=True)])
 
     def predict_windows(windows, places):
@@ -1959,13 +1922,10 @@ def predict_logits(model, image, cfg, overlap, mirrored=()):
 
 
 def predict_prob(model, image, cfg):
-    """Return the probability of PVS of a volume (1, H, W, D), of that shape, working grid.
-
-    It is the mean over the models of a ModuleList and, with TTA_FLIPS full, the mirrored views. An
-    axis of a single window, which has no other one to mirror, has these with TTA_FLIPS windows too.
-    """
+    """Return the mean probability of PVS over models and views of a volume (1, H, W, D), alike."""
     models = model if isinstance(model, nn.ModuleList) else [model]
     known = FLIPS[cfg.FLIP_AXES] if cfg.TTA_FLIPS != "none" else ()  # to the network
+    # An axis of a single window has no other one to mirror: the whole view is.
     several = [axis for axis in known if image.shape[1 + axis] > cfg.IMG_PATCH_SIZE[axis]]
     mirrored = several if cfg.TTA_FLIPS == "windows" else ()
     whole = {*known} - {*mirrored}
@@ -2000,17 +1960,12 @@ CHECKPOINT_KEYS = ("model", "config", "sha256", "history_row")  # what using a c
 LAST_KEYS = ("optimizer", "plateau", "scaler", "progress", "label_sha256")  # what going on takes
 
 
-def package_versions():
-    """Return the versions of Python and of the packages that make the numbers."""
+def package_versions(cfg=None):
+    """Return what makes the numbers: versions of Python and packages, number format if `cfg`."""
     packages = ("torch", "monai", "segmentation_models_pytorch_3d", "numpy", "scipy", "nibabel")
-    versions = {name: importlib.metadata.version(name) for name in (*packages, "scikit-learn")}
     own = {"train_pvs": f"{VERSION}, SHA-256 {SCRIPT_HASH}", "python": sys.version.split()[0]}
-    return own | versions
-
-
-def describe_origin(cfg):
-    """Return what makes the numbers of a run beside its data: versions and number format."""
-    return package_versions() | {"arithmetic": str(autocast_dtype(choose_device(cfg), cfg))}
+    own |= {"arithmetic": str(autocast_dtype(choose_device(cfg), cfg))} if cfg else {}
+    return own | {name: importlib.metadata.version(name) for name in (*packages, "scikit-learn")}
 
 
 def read_checkpoint(path, keys=CHECKPOINT_KEYS):
@@ -2056,21 +2011,17 @@ def settings_of(saved, problems):
 
 
 def restore_config(content, path, cfg, options):
-    """Return the Config of a checkpoint, with what this command may say otherwise.
-
-    A run that goes on is where it was but for its flags; a trained network is used on this machine
-    and into this folder. What only another training could change is refused by name.
-    """
+    """Return the Config of a checkpoint, with what this command may say otherwise."""
     saved, problems = content["config"], {}
     for name in saved.keys() - names(Config):
         log.warning("Warning: %s: passed over, no setting any more: %s", path, name)
     saved = settings_of(saved, problems)
     raise_problems([f"{path}: {p}" for p in problems.values()], title="wrong settings:")
+    # A trained network is used on this machine and into this folder; a run goes on where it was.
     here, free, asked = names(Output, Machine), names(Data, Output, Decision, Machine), {}
     if options.resume:
-        fixed = saved["LR_SCHEDULE"] == "poly" and not options.stretch
         here, asked = {"OUTPUT_DIR"}, options.of_recipe
-        free |= set() if fixed else names(Length)
+        free |= names(Length) if options.stretch or saved["LR_SCHEDULE"] != "poly" else set()
     asked = asked | options.given | {name: getattr(cfg, name) for name in here}
     if not any(asked.get("PIX_DIM", ())):  # 0 0 0: what the run made of it is known
         asked.pop("PIX_DIM", None)
@@ -2097,7 +2048,7 @@ def read_last(path, cfg, options):
 
 def warn_of_other_versions(content, cfg):
     """Tell which packages, or which number format, are not those that a run began with."""
-    now = describe_origin(cfg)
+    now = package_versions(cfg)
     told = "Warning: the run began with %s %s, now it is %s: the numbers may differ"
     for name, then in sorted(content["versions"].items() - now.items()):
         log.warning(told, name, then, now.get(name))
@@ -2150,10 +2101,7 @@ WARM_UP = 30  # steps in which the poly schedule rises to LR
 
 
 class TrainState:
-    """All that training changes: model, AdamW, schedule, float16's scaler, progress.
-
-    It goes on from `last`, the content of last.pth. All randomness is a function of SEED and epoch.
-    """
+    """What training changes, from `last.pth` on; all randomness is a function of SEED and epoch."""
 
     def __init__(self, model, cfg, last=None):
         self.cfg, self.model = cfg, model
@@ -2204,11 +2152,8 @@ def check_finite(value, what, epoch, cases):
 
 
 def train_one_epoch(model, state, loader, epoch):
-    """Train once on patches of every case; return (mean loss, Dice of all patches as one volume).
-
-    `model`: the state's, or what shares its gradients. That Dice is not comparable to a case's.
-    """
-    model.train()
+    """Train once on patches of all cases; return (mean loss, Dice of all patches as one volume)."""
+    model.train()  # the state's, or what shares its gradients
     cfg, device = state.cfg, next(model.parameters()).device
     loader.batch_sampler.epoch = epoch
     losses, seen, counts = [], [], np.zeros(2, dtype=np.int64)  # voxels: hits, found + true
@@ -2262,12 +2207,13 @@ def fit(run, model, cfg, split, last=None):
         own = [device.index] if device.type == "cuda" else None
         # Some layers of the encoder have no part in the output and get no gradient.
         parallel = nn.parallel.DistributedDataParallel(model, own, find_unused_parameters=True)
-    progress, former_best, writing = state.progress, last and last["former_best"], None
+    progress, former_best = state.progress, last and last["former_best"]
     history, ended = progress["history"], stops_early(progress, cfg)
     if former_best and first_process():  # its validation was out of turn
         write_torch(run.best, {key: last[key] for key in former_best} if ended else former_best)
     board = open_tensorboard(run, len(history))
     with board as board, ThreadPoolExecutor(1) as writer:  # an error leaves when all is written
+        writing = writer.submit(list)  # nothing yet
         while not ended:
             in_turn = not history or (len(history) + 1) % cfg.VAL_EVERY == 0
             row = train_and_validate(parallel, state, loader, split["val"], in_turn)
@@ -2280,16 +2226,14 @@ def fit(run, model, cfg, split, last=None):
                     state.plateau.step(row["val_loss"])
                 progress["waited"] = 0 if improved else progress["waited"] + 1
                 progress["best_dice"] = max(row["val_dice"], progress["best_dice"])
-            if writing:
-                writing.result()  # raises its errors
+            writing.result()  # raises its errors
             if first_process():
                 writing = writer.submit(save_epoch(run, state, split, improved, in_turn))
             log_epoch(history, improved, split, cfg)
             ended = stops_early(progress, cfg)
             if row["epoch"] == 50 and progress["best_dice"] == 0 and not improved:
                 log.warning("Warning: validation Dice is still 0; going on. %s", advice(cfg))
-        if writing:
-            writing.result()
+        writing.result()
 
 
 def planned_progress(history, cfg, more=0):
@@ -2359,8 +2303,7 @@ def copy_of(part, old=None):
         new = old if fits else torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
         return new.copy_(part.detach())
     if isinstance(part, dict):
-        old = old if isinstance(old, dict) else {}
-        return {key: copy_of(value, old.get(key)) for key, value in part.items()}
+        return {key: copy_of(value, (old or {}).get(key)) for key, value in part.items()}
     return [copy_of(value) for value in part] if isinstance(part, list) else part
 
 
@@ -2370,14 +2313,13 @@ def save_epoch(run, state, split, improved, in_turn):
     parts = {name: part.state_dict() for name, part in state.parts.items()}
     parts = state.copies = copy_of(parts, state.copies)
     history, grid = progress["history"], {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
-    content = {"config": asdict(cfg), "working_grid": grid, "versions": describe_origin(cfg)}
+    content = {"config": asdict(cfg), "working_grid": grid, "versions": package_versions(cfg)}
     content |= {"history_row": history[-1], "processes": process_number("WORLD_SIZE")}
     content["trained_on"] = describe_scans(split["train"], cfg)
     for key in ("sha256", "label_sha256"):  # of the voxels, by which scans are known again
         content[key] = {part: {c.name: getattr(c, key) for c in split[part]} for part in split}
     if not in_turn:  # for a run that goes on
-        row = history[-1] | {"val_loss": None, "val_dice": None}
-        progress["history"] = [*history[:-1], row]
+        progress["history"] = [*history[:-1], history[-1] | {"val_loss": None, "val_dice": None}]
 
     def write():
         best, late = content | {"model": parts["model"]}, improved and not in_turn
@@ -2416,9 +2358,8 @@ def log_epoch(history, improved, split, cfg):
     left = (cfg.EPOCHS - row["epoch"]) * np.mean(seconds[-20:])
     left = min(left, (60 * cfg.MAX_MINUTES or math.inf) - sum(seconds))
     left = max(left, 0) + seconds_of_test(history, split, cfg)
-    cells = [loss, dice, "*" if improved else " ", row["lr"], row["seconds"]]
-    cells = [row["epoch"], row["train_loss"], row["train_dice"], *cells]
-    cells.append(timedelta(seconds=round(left)))
+    cells = [row["epoch"], row["train_loss"], row["train_dice"], loss, dice, " *"[improved]]
+    cells += [row["lr"], row["seconds"], timedelta(seconds=round(left))]
     log.info("%5d %11.4f %6.4f %11s %6s%s %9.1e %8.1f %10s", *cells)
 
 
