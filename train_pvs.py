@@ -289,12 +289,11 @@ def build_parser():
     ):
         group.add_argument(flag, help=text, **kind)
     comments = dict(re.findall(r"^    ([A-Z]\w+)\b.*?  # (.*)$", Path(__file__).read_text(), re.M))
+    kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "+"}}
     for field in fields(Config):
         text = f"{comments.get(field.name, '')}; default: {words(field.default)}".replace("%", "%%")
-        model = PUBLISHED.get(field.name, field.default)
-        kind = {"nargs": "+" if isinstance(model, tuple) else None}
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(model, bool) else kind
-        kind |= {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+        kind = kinds.get(type(PUBLISHED.get(field.name, field.default)), {})
+        kind = kind | {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         parser.add_argument("--" + field.name.lower().replace("_", "-"), **kind)
     return parser
 
@@ -533,10 +532,11 @@ def choose_device(cfg):
     return torch.device("cpu" if cfg.DEVICE == "auto" else cfg.DEVICE)
 
 
-def worker_count(cfg):
-    """Return NUM_WORKERS, but no more than each process may use processors."""
-    processors = len(os.sched_getaffinity(0))
-    return min(cfg.NUM_WORKERS, processors // process_number("LOCAL_WORLD_SIZE") or 1)
+def workers(cfg):
+    """Return a loader's settings: NUM_WORKERS, but at most the processors of each process."""
+    processors = len(os.sched_getaffinity(0)) // process_number("LOCAL_WORLD_SIZE")
+    count = min(cfg.NUM_WORKERS, processors or 1)
+    return {"num_workers": count, "worker_init_fn": leave_signals_to_the_run}
 
 
 def has_level_of_side_2(cfg):
@@ -555,12 +555,6 @@ def autocast_dtype(device, cfg):
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     trusted = cfg.AMP and native and device.type == "cpu" and not has_level_of_side_2(cfg)
     return torch.bfloat16 if trusted else torch.float32
-
-
-def autocast(device, cfg):
-    """Return the autocast context in which the network runs."""
-    dtype = autocast_dtype(device, cfg)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 stop_signals = []  # that were received; the loops of `Progress` look here
@@ -1439,9 +1433,8 @@ def check_free_disk(cases, cfg):
 def prepare_cases(cases, cfg):
     """Check and cache all cases; return them with their facts, or list all that is wrong."""
     check_free_disk(cases, cfg)
-    work = {"num_workers": worker_count(cfg), "worker_init_fn": leave_signals_to_the_run}
-    work["collate_fn"] = functools.partial(prepare, cfg=cfg)  # in the workers
-    loader = DataLoader(share(cases), batch_size=None, **work)
+    in_worker = functools.partial(prepare, cfg=cfg)
+    loader = DataLoader(share(cases), batch_size=None, collate_fn=in_worker, **workers(cfg))
     done = gather([*Progress(loader, "checking and caching")])
     for error in [error for _, error in done if isinstance(error, OSError)]:
         raise OSError(f"{error}\nFree space, or choose another folder with --cache-dir.")
@@ -1552,15 +1545,9 @@ def collate(cases):
 
 def build_train_loader(cases, cfg, device):
     """Return the loader of batches: BATCH_SIZE volumes' patches, (B, 1, *IMG_PATCH_SIZE)."""
-    return TrainLoader(
-        TrainingPatches(cases, cfg),
-        batch_sampler=EpochSampler(len(cases), cfg),
-        num_workers=worker_count(cfg),
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_signals_to_the_run,
-        generator=torch.Generator(),  # so that it draws nothing from the model's random numbers
-    )
+    how = {"batch_sampler": EpochSampler(len(cases), cfg), "pin_memory": device.type == "cuda"}
+    how["generator"] = torch.Generator()  # so that it draws nothing from the model's random numbers
+    return TrainLoader(TrainingPatches(cases, cfg), collate_fn=collate, **how, **workers(cfg))
 
 
 # ------------------------------------------------------------------------------------------- Model
@@ -1701,9 +1688,9 @@ def calculate_boundary_metrics(pred, label, spacing):
     """
     if not pred.any() or not label.any():  # see EMPTY_MASKS; MONAI's NaN would drop out
         same = bool(pred.any() == label.any())
-        diagonal = float(np.linalg.norm(np.multiply(spacing, pred.shape)))
-        values = float(same), float(same), 0.0 if same else diagonal, not same
-        return dict(zip(("nsd_voxel", "nsd_1mm", "hd95_mm", "one_mask_empty"), values, strict=True))
+        worst = 0.0 if same else float(np.linalg.norm(np.multiply(spacing, pred.shape)))
+        row = dict.fromkeys(("nsd_voxel", "nsd_1mm"), float(same))
+        return row | {"hd95_mm": worst, "one_mask_empty": not same}
     masks = [torch.from_numpy(mask)[None, None] for mask in (pred, label)]
     settings, row = {"include_background": True, "spacing": [float(mm) for mm in spacing]}, {}
     for name, tolerance in {"nsd_voxel": max(spacing), "nsd_1mm": 1}.items():
@@ -1822,9 +1809,8 @@ def middle_of_head(entry):
 def rate_busiest_section(mask, affine, middle):
     """Return (most PVS on an axial section of one hemisphere, its grade 0 to 4, side, its z in mm).
 
-    PVS are the parts of a section that touch, also at corners. The sagittal plane through `middle`,
-    a point (3,) in mm, parts the hemispheres. It is of the whole section: not the rating of basal
-    ganglia or centrum semiovale (Potter et al. 2015, 10.1159/000375153), whose grades it takes.
+    The sagittal plane through `middle`, (3,) in mm, parts the hemispheres. Sections are whole: the
+    grades are meant for basal ganglia or centrum semiovale (Potter et al. 2015, 10.1159/000375153).
     """
     turn = nib.io_orientation(affine)
     mask = nib.apply_orientation(mask, turn)
@@ -1892,6 +1878,7 @@ def predict_logits(model, image, cfg, overlap, mirrored=()):
     """
     model.eval()
     device = place = next(model.parameters()).device
+    dtype = autocast_dtype(device, cfg)
     if device.type == "cuda":  # the volume, sum and weights take 12 bytes a voxel, of some 48
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         large = 48 * image.numel() > torch.cuda.mem_get_info(device)[0] + idle
@@ -1907,7 +1894,7 @@ def predict_logits(model, image, cfg, overlap, mirrored=()):
 
     def predict_windows(windows, places):
         windows = mirror(windows, places) if mirrored else windows
-        with autocast(device, cfg):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(network_input(windows, device, cfg)).float()
         return mirror(logits, places) if mirrored else logits
 
@@ -1922,7 +1909,7 @@ def predict_logits(model, image, cfg, overlap, mirrored=()):
 
 
 def predict_prob(model, image, cfg):
-    """Return the mean probability of PVS over models and views of a volume (1, H, W, D), alike."""
+    """Return the probability of PVS in a volume (1, H, W, D), the mean over models and views."""
     models = model if isinstance(model, nn.ModuleList) else [model]
     known = FLIPS[cfg.FLIP_AXES] if cfg.TTA_FLIPS != "none" else ()  # to the network
     # An axis of a single window has no other one to mirror: the whole view is.
@@ -2155,7 +2142,7 @@ def train_one_epoch(model, state, loader, epoch):
     """Train once on patches of all cases; return (mean loss, Dice of all patches as one volume)."""
     model.train()  # the state's, or what shares its gradients
     cfg, device = state.cfg, next(model.parameters()).device
-    loader.batch_sampler.epoch = epoch
+    dtype, loader.batch_sampler.epoch = autocast_dtype(device, cfg), epoch
     losses, seen, counts = [], [], np.zeros(2, dtype=np.int64)  # voxels: hits, found + true
     seeds = [cfg.SEED, epoch, process_number("RANK")]
     torch.manual_seed(np.random.SeedSequence(seeds).generate_state(1)[0].item())
@@ -2163,7 +2150,7 @@ def train_one_epoch(model, state, loader, epoch):
     for step, batch in enumerate(progress):
         state.set_rate(step / len(loader))
         label = batch["label"].to(device, non_blocking=True)
-        with autocast(device, cfg):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(network_input(batch["image"], device, cfg))
         loss = loss_function(logits.float(), label)
         place = step % cfg.ACCUMULATE_STEPS
