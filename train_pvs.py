@@ -308,7 +308,7 @@ def convert(value, kind):
 
 
 def convert_all(settings, problems):
-    """Return settings in their published types; name in `problems`, {field: sentence}, others."""
+    """Return settings in their published types; `problems`, {field: sentence}, gets the others."""
     converted, told = {}, {bool: "True or False", int: "a whole number", float: "a number"}
     for name in filter(str.isupper, settings):  # the others are commands
         model = PUBLISHED.get(name, getattr(Config, name, None))
@@ -864,7 +864,7 @@ def make_cases(pairs, problems, remedy):
 
 
 def find_cases(cfg):
-    """Pair scans and masks, or list all names that do not pair; a scan needs no mask."""
+    """Pair scans and masks, or list all names that do not pair; leave out scans without a mask."""
     scans, masks = (find_files(cfg.DATA_DIR, p) for p in (cfg.IMAGE_GLOB, cfg.LABEL_GLOB))
     found = f"{len(scans)} scans {cfg.IMAGE_GLOB}, {len(masks)} masks {cfg.LABEL_GLOB}"
     told = f"{cfg.DATA_DIR}: expected scans and masks, found {found}\n{HOW_TO_GET_DATA}"
@@ -935,7 +935,7 @@ def look_inside(path):
 
 @np.errstate(all="ignore")  # of an affine with inf or NaN
 def read_header(path):
-    """Return (nibabel's image of a NIfTI file, its 3D shape); a ValueError if it is no scan's."""
+    """Return (nibabel's image of a NIfTI file, not yet read, its 3D shape); or a ValueError."""
     try:
         volume = nib.load(path)
         kind, affine = volume.get_data_dtype(), volume.affine
@@ -959,7 +959,7 @@ def read_header(path):
 
 
 def read_volume(path):
-    """Return the MetaTensor (1, X, Y, Z) float32 of a NIfTI file; a ValueError if it is damaged."""
+    """Return the MetaTensor (1, X, Y, Z) float32 of a NIfTI file, native grid; or a ValueError."""
     header, shape = read_header(path)
     stored = header.dataobj
     spec = (stored.dtype, stored.offset, stored.slope, stored.inter)
@@ -1052,7 +1052,7 @@ def read_pair(case):
         cautions.append(f"{told}; paired voxel by voxel, placed by the {used}")
     elif shifts[used] > 0.1:
         cautions.append(f"{told}; the scan's is used for both")
-    volumes["label"].affine = volumes["image"].affine  # half a voxel off at most
+    volumes["label"].affine = volumes["image"].affine  # its own is half a voxel off at most
     return volumes, cautions
 
 
@@ -1169,8 +1169,8 @@ def keep_head(image, depth):
 def darken_background(image):
     """Return (a scan (1, X, Y, Z), whether the skull is stripped from it).
 
-    A value that fills half of the volume's faces is background, even where it is not the lowest. It
-    is set below all tissue; in a whole head, if it is as bright as tissue, to the darkest of it.
+    A value that fills half of the volume's faces is background, even where it is not the lowest. In
+    a stripped scan it is set below all tissue; in a head, if as bright as tissue, to the darkest.
     """
     volume = np.asarray(image)[0]
     faces = np.concatenate([np.take(volume, [0, -1], axis).ravel() for axis in range(3)])
@@ -1527,7 +1527,7 @@ class EpochSampler(Sampler):
 class TrainLoader(DataLoader):
     """A loader of the sampler's `epoch`, whose workers go on with the next one's batches."""
 
-    batches, following = None, None  # waiting after validations took half of epochs on an H100
+    batches, following = None, None  # waiting for the first took half of short epochs (H100)
 
     def __iter__(self):
         epoch = self.batch_sampler.epoch
@@ -1928,6 +1928,7 @@ def predict_prob(model, image, cfg):
 def predict_case(model, entry, cfg):
     """Return the float32 probabilities of PVS on working (H, W, D) and native grid (X, Y, Z)."""
     prob = predict_prob(model, entry["image"], cfg)
+    # Not the mask goes to the native grid: what probabilities say between voxels is kept.
     return prob[0].cpu().numpy(), to_native_grid(prob, entry)[0].cpu().numpy()
 
 
@@ -2194,13 +2195,12 @@ def fit(run, model, cfg, split, last=None):
         own = [device.index] if device.type == "cuda" else None
         # Some layers of the encoder have no part in the output and get no gradient.
         parallel = nn.parallel.DistributedDataParallel(model, own, find_unused_parameters=True)
-    progress, former_best = state.progress, last and last["former_best"]
+    progress, former_best, writing = state.progress, last and last["former_best"], None
     history, ended = progress["history"], stops_early(progress, cfg)
     if former_best and first_process():  # its validation was out of turn
         write_torch(run.best, {key: last[key] for key in former_best} if ended else former_best)
     board = open_tensorboard(run, len(history))
     with board as board, ThreadPoolExecutor(1) as writer:  # an error leaves when all is written
-        writing = writer.submit(list)  # nothing yet
         while not ended:
             in_turn = not history or (len(history) + 1) % cfg.VAL_EVERY == 0
             row = train_and_validate(parallel, state, loader, split["val"], in_turn)
@@ -2213,14 +2213,16 @@ def fit(run, model, cfg, split, last=None):
                     state.plateau.step(row["val_loss"])
                 progress["waited"] = 0 if improved else progress["waited"] + 1
                 progress["best_dice"] = max(row["val_dice"], progress["best_dice"])
-            writing.result()  # raises its errors
+            if writing:
+                writing.result()  # raises its errors
             if first_process():
                 writing = writer.submit(save_epoch(run, state, split, improved, in_turn))
             log_epoch(history, improved, split, cfg)
             ended = stops_early(progress, cfg)
             if row["epoch"] == 50 and progress["best_dice"] == 0 and not improved:
                 log.warning("Warning: validation Dice is still 0; going on. %s", advice(cfg))
-        writing.result()
+        if writing:
+            writing.result()
 
 
 def planned_progress(history, cfg, more=0):
