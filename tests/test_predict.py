@@ -187,13 +187,13 @@ def test_evaluation_gives_the_scores_and_files_of_the_test_again(copied, finishe
     before = snapshot(copied.out)
     kept = ("best_model.pth", "last.pth", "training_history.json", "split.json", "train.log")
     for path in [path for path in copied.out.rglob("*") if path.is_file()]:
-        if path.name not in kept and path.parent.name != "cache":
+        if path.name not in kept and path.parent.name not in ("cache", "tensorboard"):
             path.unlink()
     assert "2 to test" in done(call("--evaluate", "--output-dir", copied.out, *MACHINE))
     assert comparable(copied.out) == comparable(finished.out)
     after = snapshot(copied.out)
     assert sorted(after) == sorted([*before, "logs/evaluate.log"])
-    drawn = (".png", ".jpg", "comprehensive_test_metrics.json", ".lock")
+    drawn = (".png", ".jpg", ".html", "comprehensive_test_metrics.json", ".lock")
     differ = [name for name in before if after[name] != before[name] and not name.endswith(drawn)]
     assert differ == []  # weights, history, masks and tables
     # Scores of another decision go elsewhere; --overwrite is not needed.
