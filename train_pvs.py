@@ -672,7 +672,7 @@ def join_participants(rows, folders):
     for folder in dict.fromkeys(folders):
         path = Path(folder) / "participants.tsv"
         with suppress(OSError, csv.Error), open(path, **how) as file:  # it stops no run
-            table = csv.DictReader(file, delimiter="\t")
+            table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             known |= {(folder, row.get("participant_id")): row for row in table}
     names = list(dict.fromkeys(itertools.chain(*known.values())))
     pairs = zip(folders, rows, strict=True)
@@ -1707,14 +1707,16 @@ def calculate_cldice(pred, label):
     Of the skeleton of each mask the share within the other one, in harmonic mean. The skeletons are
     MONAI's, soft ones of tubes up to 16 voxels wide; scikit-image's loses those of even width.
     """
-    if not pred.any() or not label.any():
-        return float(pred.any() == label.any())
+    equal = (pred == label).all()
+    if equal or not (pred.any() and label.any()):
+        return float(equal)
     box = ndimage.find_objects((pred | label).view(np.uint8))[0]
     masks = [np.pad(mask[box], 2) for mask in (pred, label)]
     depth = max(ndimage.distance_transform_cdt(mask, "taxicab").max() for mask in masks)
     masks = [torch.from_numpy(mask)[None, None].float() for mask in masks]
     skeletons = [soft_skel(mask, min(int(depth), 8)) for mask in masks]  # more find nothing
-    shares = [float((s * m).sum() / s.sum()) for s, m in zip(skeletons, masks[::-1], strict=True)]
+    pairs = zip(skeletons, masks[::-1], strict=True)  # what is wide all over has no skeleton
+    shares = [float((s * m).sum() / s.sum().clamp(min=1e-6)) for s, m in pairs]
     return 2 * shares[0] * shares[1] / max(sum(shares), 1e-9)
 
 
@@ -1813,15 +1815,15 @@ def rate_busiest_section(mask, affine, middle):
     grades are meant for basal ganglia or centrum semiovale (Potter et al. 2015, 10.1159/000375153).
     """
     turn = nib.io_orientation(affine)
-    mask = nib.apply_orientation(mask, turn)
     affine = affine @ nib.orientations.inv_ornt_aff(turn, mask.shape)
-    cut = np.clip(round(np.linalg.solve(affine, [*middle, 1])[0] + 0.5), 0, len(mask))
+    mask = nib.apply_orientation(mask, turn)
+    cut = np.clip(math.floor(np.linalg.solve(affine, [*middle, 1])[0] + 1e-6) + 1, 0, len(mask))
     most = (0, 0, "n/a", None)
     for side, half in {"left": mask[:cut], "right": mask[cut:]}.items():
         for section in np.flatnonzero(half.any((0, 1))):
             count = ndimage.label(half[:, :, section], np.ones((3, 3)))[1]
             if count > most[0]:
-                z = (affine @ [*np.divide(mask.shape[:2], 2), section, 1])[2]
+                z = (affine @ [*(np.array(mask.shape[:2]) - 1) / 2, section, 1])[2]
                 most = count, int(np.searchsorted(GRADES, count)), side, round(float(z), 2)
     return most
 
@@ -2199,7 +2201,7 @@ def fit(run, model, cfg, split, last=None):
     history, ended = progress["history"], stops_early(progress, cfg)
     if former_best and first_process():  # its validation was out of turn
         write_torch(run.best, {key: last[key] for key in former_best} if ended else former_best)
-    board = open_tensorboard(run, len(history))
+    board = nullcontext() if ended else open_tensorboard(run, history)
     with board as board, ThreadPoolExecutor(1) as writer:  # an error leaves when all is written
         while not ended:
             in_turn = not history or (len(history) + 1) % cfg.VAL_EVERY == 0
@@ -2245,10 +2247,10 @@ def stops_early(progress, cfg):
     return early or late
 
 
-def open_tensorboard(run, epochs):
+def open_tensorboard(run, history):
     """Return a context that gives a writer of TensorBoard's files, or None if it is not installed.
 
-    What a killed run wrote of more than `epochs` epochs is taken back.
+    What was written of later epochs, and a last validation that was taken back, is left out.
     """
     if not first_process() or not importlib.util.find_spec("tensorboard"):
         log.info("TensorBoard     off; to watch the training: pip install tensorboard")
@@ -2256,7 +2258,10 @@ def open_tensorboard(run, epochs):
     from torch.utils.tensorboard import SummaryWriter
 
     log.info("TensorBoard     tensorboard --logdir %s", run.board)
-    return SummaryWriter(run.board, purge_step=epochs + 1)
+    board = SummaryWriter(run.board, purge_step=len(history))
+    for row in history[-1:]:
+        write_scalars(board, row)
+    return board
 
 
 def write_scalars(board, row):
@@ -2794,7 +2799,8 @@ def draw_row(axes, section):
     draw_panel(axes[1], section, section.image, outlined, (1.2, 0.5))
     if len(counts) == 2:
         true, pred = section.pvs.values()
-        own = zip(KINDS, (true, true, pred), strict=True)
+        tails = not (true[section.kind == 1]).any()  # found in another section
+        own = zip(KINDS, (pred if tails else true, true, pred), strict=True)
         of_kind = [
             (name, pvs[(section.kind == n) & (pvs > 0)]) for n, (name, pvs) in enumerate(own, 1)
         ]
@@ -2809,7 +2815,8 @@ def draw_sections(path, sections, title):
     if len(shown) == 2:
         shown |= {name: plt.Rectangle((0, 0), 1, 1, color=KINDS[name]) for name in KINDS}
     columns = 4 if len(shown) > 2 else 3
-    scale = 3.2 / max(section.size()[0] for section in sections)  # inches a mm
+    width, height = np.max([section.size() for section in sections], 0)
+    scale = min(3.2 / width, 4.8 / height)  # inches a mm
     heights = [scale * section.size()[1] + 0.3 for section in sections]
     size = {"figsize": (3.2 * columns, sum(heights) + 0.9), "height_ratios": heights}
     figure, axes = plt.subplots(len(sections), columns, squeeze=False, **size, **DARK)
@@ -2823,7 +2830,8 @@ def draw_sections(path, sections, title):
 def write_figure(path, figure, title):
     """Give the figure its title, write it as a 300-DPI picture and close it."""
     colour = "black" if figure.get_facecolor()[0] else "white"
-    figure.suptitle(title, color=colour, size=10, wrap=True)
+    # Wrapped text is parsed as TeX between two $, whatever text.parse_math says.
+    figure.suptitle(title, color=colour, size=10, wrap="$" not in title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=Path(path).suffix[1:], dpi=300)
     plt.close(figure)
@@ -2961,8 +2969,9 @@ def thumbnail(section):
     """Return a section, its PVS painted, as a small picture in a data URL."""
     picture = Image.fromarray((255 * np.flipud(paint(section))).astype(np.uint8))
     width, height = section.size()
-    picture, buffer = picture.resize((round(256 * width / height), 256)), io.BytesIO()
-    picture.save(buffer, "JPEG")
+    picture = picture.resize((round(256 * width / height), 256), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", subsampling=0)  # keeps PVS of one voxel
     return embed(buffer.getvalue())
 
 

@@ -41,6 +41,7 @@ def describe(figure):
 
 # Widths of the ground truth by name: worst to best is another order than that of the names.
 WIDTHS = {f"sub-{5 * width % 13:02d}": width for width in range(1, 13)}
+NAME = "heads of R&D, $x_$ and $"  # is no TeX
 CUBE = "sub-04"  # is 6 mm wide, as all are high and deep
 
 
@@ -57,6 +58,8 @@ def drawn(tmp_path_factory):
         image[5:25, 6:26, 4:14] = 400 + number
         label[7 : 7 + width, 8:14, 10:13] = 1
         save_subject(folder / "heads", name, image, label, AFFINE)
+    description = folder / "heads" / "dataset_description.json"
+    description.write_text(json.dumps({"Name": NAME}))
     split = {"train": ["sub-20"], "val": ["sub-21"], "test": list(WIDTHS)}
     (folder / "split.json").write_text(json.dumps(split))
     network = [*TINY, *"--pix-dim 1 1 2 --no-head-bias-log-odds".split()]
@@ -67,7 +70,7 @@ def drawn(tmp_path_factory):
 
     def savefig(figure, *args, **settings):
         figures.append(describe(figure))
-        if figures[-1].title.startswith((CUBE, "heads")) and len(figure.axes) < 30:
+        if figures[-1].title.startswith((CUBE, NAME)) and len(figure.axes) < 30:
             save(figure, *args, **settings)
 
     before = plt.get_fignums()
@@ -157,12 +160,21 @@ def test_scan_without_ground_truth_shows_pvs_or_says_there_are_none(tmp_path, mo
     assert [p.texts[1:] for p in panels[::3]] == [[*"RLPA"], [*"RLIS"], [*"APIS"]]
 
 
+def test_narrow_sections_make_no_picture_that_is_too_large(tmp_path):
+    thick = np.zeros((200, 2))
+    section = train_pvs.Section("", "RLPA", np.array([6, 1]), thick, {"prediction": thick}, thick)
+    train_pvs.draw_sections(tmp_path / "grid.jpg", 10 * [section], "")
+    assert max(Image.open(tmp_path / "grid.jpg").size) < 20_000
+
+
 def test_figures_name_sides_slices_scores_and_grids_and_show_worst_to_best(drawn):
     (case,) = (figure for figure in drawn.figures if figure.title.startswith(CUBE))
     # 6 x 6 x 3 voxels of 2 mm3 are 108; the box of the head, two voxels wider on all sides, has
     # 24 x 24 x 14 = 8064. Dice 216 / 8172, IoU and precision 108 / 8064; 0.216 and 16.128 ml.
     first, second = case.title.split("\n")
-    assert first == ("sub-04, heads: 1 PVS, 0.22 ml in the ground truth; 1 PVS, 16.13 ml predicted")
+    assert first == (
+        f"sub-04, {NAME}: 1 PVS, 0.22 ml in the ground truth; 1 PVS, 16.13 ml predicted"
+    )
     assert second.startswith("Dice 0.026, IoU 0.013, precision 0.013, recall 1.000 on the native")
     assert second.endswith("grid, 1 x 1 x 2 mm; Dice 0.026 on the working grid, RAS, 1 x 1 x 2 mm")
     titles = [panel.title for panel in case.panels]
@@ -179,12 +191,12 @@ def test_figures_name_sides_slices_scores_and_grids_and_show_worst_to_best(drawn
     firsts = [f"{name_of[w]}, Dice {d:.3f}" for w, d in zip(widths, dices, strict=True)]
     assert [panel.title.split("\n")[0] for panel in overview.panels[::4]] == firsts
     told = "10 of 12 test cases, worst to best Dice of the native grid"
-    assert overview.title == f"heads\n{told}"
+    assert overview.title == f"{NAME}\n{told}"
 
 
 def test_agreement_figure_shows_points_identity_bias_and_limits(drawn):
     figure = drawn.figures[-2]
-    assert figure.title == "heads\n12 test cases, native grid"
+    assert figure.title == f"{NAME}\n12 test cases, native grid"
     # The number is always 1: neither correlation is defined.
     titles = [panel.title for panel in figure.panels[::2]]
     assert titles == ["Number of PVS", "Volume of PVS, concordance 0.000"]

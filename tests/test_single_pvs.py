@@ -1,5 +1,7 @@
 """The tables of single PVS, the rating of the busiest section, the scores of tubes."""
 
+import itertools
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -85,6 +87,15 @@ def test_busiest_section_is_of_one_hemisphere_and_sides_change_names_only():
     assert train_pvs.rate_busiest_section(mask[::-1], affine, middle) == (8, 1, "right", 6.0)
     turned = nib.affines.from_matvec(np.diag([-0.8, 0.8, 2]), (0.8 * 19, 0, 0))
     assert train_pvs.rate_busiest_section(mask[::-1], turned, middle) == (8, 1, "left", 6.0)
+    for axes in itertools.permutations(range(3)):
+        for flips in itertools.product((1, -1), repeat=3):  # of each way to store it
+            turn = np.stack([axes, flips], 1)
+            stored = nib.apply_orientation(mask, turn)
+            own = affine @ nib.orientations.inv_ornt_aff(turn, mask.shape)
+            assert train_pvs.rate_busiest_section(stored, own, middle) == (8, 1, "left", 6.0)
+    odd, halfway = np.zeros((21, 5, 5), bool), nib.affines.apply_affine(affine, (10, 0, 0))
+    odd[10, 2, 2] = True  # on the midline
+    assert train_pvs.rate_busiest_section(odd, affine, halfway)[2] == "left"
     assert train_pvs.rate_busiest_section(0 * mask, affine, middle) == (0, 0, "n/a", None)
     for count, grade in {1: 1, 10: 1, 11: 2, 20: 2, 21: 3, 40: 3, 41: 4}.items():
         many = np.zeros((20, 100, 3), bool)
@@ -108,6 +119,10 @@ def test_centreline_dice_of_equal_disjoint_and_broken_tubes():
     tube[5:35, 5:8, 5:8] = True
     pairs = (tube, tube), (tube, np.roll(tube, 5, 1)), (tube, tube & False), 2 * [tube & False]
     assert [train_pvs.calculate_cldice(*pair) for pair in pairs] == [1, 0, 0, 1]
+    wide = np.zeros((40, 40, 40), bool)
+    wide[5:35, 5:35, 5:35] = True  # has no skeleton
+    pairs = (wide, wide), (wide, np.roll(wide, 1)), (wide, wide & (np.arange(40) % 9 == 0))
+    assert [train_pvs.calculate_cldice(*pair) for pair in pairs] == [1, 0, 0]
     broken = tube & ((np.arange(40) < 15) | (np.arange(40) >= 25))[:, None, None]
     # All of the broken one's centreline lies in the tube, 2/3 of the tube's in the broken one.
     expected = pytest.approx(2 * 2 / 3 / (1 + 2 / 3), abs=0.03)
