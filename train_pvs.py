@@ -2452,15 +2452,11 @@ def summarise_all(rows, cfg):
     for name in ("count", "volume_ml"):
         sides = ([row[f"{name}_{side}"] for row in rows] for side in ("label", "pred"))
         blocks["burden"][name] |= agreement(*sides)
-    grades = [[row[f"grade_{side}"] for row in rows] for side in ("label", "pred")]
-    blocks["rating"] = {
-        "grid": "axial sections of each scan",
-        "n": len(rows),
-        "weighted_kappa": None,
-    }
+    grades, kappa = [[row[f"grade_{side}"] for row in rows] for side in ("label", "pred")], None
     if len({*itertools.chain(*grades)}) > 1 and len(rows) >= 3:
         kappa = float(cohen_kappa_score(*grades, weights="quadratic"))
-        blocks["rating"]["weighted_kappa"] = kappa
+    blocks["rating"] = {"grid": "axial sections of each scan", "n": len(rows)}
+    blocks["rating"]["weighted_kappa"] = kappa
     blocks["boundary"]["one_mask_empty"] = sum(row["one_mask_empty"] for row in rows)
     lesions = blocks["lesions"]
     lesions["connectivity"] = 26
@@ -2479,10 +2475,9 @@ def summarise(rows, key, seed):
     subjects that are resampled with all their scans; None below two subjects.
     """
     scans_of, interval, numbers = {}, None, [None] * 5
-    for row in rows:
-        if row[key] is not None:
-            scans_of.setdefault(row["participant_id"], []).append(row[key])
-    known = list(itertools.chain(*scans_of.values()))
+    for row in (row for row in rows if row[key] is not None):
+        scans_of.setdefault(row["participant_id"], []).append(row[key])
+    known = [*itertools.chain(*scans_of.values())]
     if len(scans_of) > 1:
         pair = [np.array([*map(f, scans_of.values())], dtype=float) for f in (sum, len)]
         settings = {"n_resamples": 10_000, "paired": True, "rng": np.random.default_rng(seed)}
@@ -2530,9 +2525,8 @@ def write_test_metrics(paths, rows, origin, cfg):
     for name in METRICS:  # as published
         summary = blocks["working"][name]
         content |= {f"{name}_mean": summary["mean"], f"{name}_std": summary["sd"]}
-    write_json(
-        paths[0], content | {"empty_masks": EMPTY_MASKS, **blocks, "subjects": rows} | origin
-    )
+    content |= {"empty_masks": EMPTY_MASKS, **blocks, "subjects": rows} | origin
+    write_json(paths[0], content)
     write_csv(paths[1], join_participants(rows, len(rows) * [cfg.DATA_DIR]))
     return blocks
 
@@ -2547,40 +2541,33 @@ def pool_folds(run, cfg):
             continue
         content = read_json(scores)
         again = known & {row["name"] for row in content["subjects"]}
-        then = now | settings_of(content["config"], {})
-        other = content["data_set"] != data_set_name(cfg) or list_differences(then, now, alike)
-        if again or other:
+        differ = list_differences(settings_of(content["config"], {}), now, alike)
+        if again or differ or content["data_set"] != data_set_name(cfg):
             log.warning("Warning: left out, of other settings or data: %s", scores)
         else:
             rows += [{"fold": fold} | row for row in content["subjects"]]
     finished = sorted({row["fold"] for row in rows})
     paths = [top / f"cross_validation.{kind}" for kind in ("json", "csv")]
     blocks = write_test_metrics(paths, rows, {"folds": cfg.FOLDS, "finished": finished}, cfg)
-    log.info("\nCross-validation, %d of %d folds finished", len(finished), cfg.FOLDS)
-    log_summaries([], blocks)
+    log_scores(f"Cross-validation, {len(finished)} of {cfg.FOLDS} folds finished", [], blocks, cfg)
 
 
-def log_summaries(rows, blocks):
-    """Print a row a case, then mean, SD and the mean's confidence interval."""
-    columns = [(key, look_up(blocks, place), title) for key, place, title in SCORES if title]
+def log_scores(title, rows, blocks, cfg):
+    """Print a row a case, mean, SD and the mean's interval of the scores; below them the burden."""
+    log.info("\n%s", title)
+    told = "Dice, IoU, precision, recall: %s; the others: native grid of each scan"
+    log.info(told, describe_grid(cfg))
+    columns = [(key, look_up(blocks, place), head) for key, place, head in SCORES if head]
     table = {row["name"]: [row[key] for key, *_ in columns] for row in rows}
     for name in ("mean", "SD"):
         table[name] = [summary[name.lower()] for _, summary, _ in columns]
     for end, name in enumerate(("95 % from", "95 % to")):
         table[name] = [summary["ci95"] and summary["ci95"][end] for _, summary, _ in columns]
     width = max(map(len, table))
-    log.info(" " * width + "".join(f"{title:>12}" for *_, title in columns))
+    log.info(" " * width + "".join(f"{head:>12}" for *_, head in columns))
     for name, values in table.items():
         cells = ("-" if value is None else f"{value:.4f}" for value in values)
         log.info(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
-
-
-def log_test_table(rows, blocks, cfg):
-    """Print the scores of all test cases, and below them the burden."""
-    told = "Dice, IoU, precision, recall: %s; the others: native grid of each scan"
-    log.info("\nTest scores of %d scans, %s", len(rows), data_set_name(cfg))
-    log.info(told, describe_grid(cfg))
-    log_summaries(rows, blocks)
     lesions, volume = blocks["lesions"], blocks["burden"]["volume_ml"]
     f1 = [f"{lesions[rule]['f1']['mean']:.4f} ({LESION_RULES[rule]})" for rule in LESION_RULES]
     told = "PVS: %d in the ground truth, %d predicted; mean F1 %s"
@@ -2613,47 +2600,46 @@ def write_prediction(run, case, affine, pvs, prob, cfg):
     `pvs`: {"prediction": by `number_components`, "ground truth": likewise}.
     """
     numbered, true = pvs["prediction"], pvs.get("ground truth")
-    sessions = re.findall(r"_(ses-[^_]+)", case.name)
-    folder = Path(run.predictions, case.subject, *sessions[:1], "anat")
-    name = f"{case.name}_label-PVS_desc-{NETWORKS[cfg.ARCHITECTURE][1]}"
+    sessions, network = re.findall(r"_(ses-[^_]+)", case.name), NETWORKS[cfg.ARCHITECTURE][1]
+    start = Path(run.predictions, case.subject, *sessions[:1], "anat", case.name)
+    label = f"{start}_label-PVS_desc-{network}"
     if cfg.SAVE_PROBABILITIES:
-        write_nifti(folder / f"{name}_probseg.nii.gz", prob, case.image)
-    write_nifti(folder / f"{name}_mask.nii.gz", (numbered > 0).astype(np.uint8), case.image)
-    numbers = folder / name.replace("_label-", "_seg-")  # BIDS has it so
-    write_nifti(f"{numbers}_dseg.nii.gz", numbered, case.image)
-    rows = measure_components(numbered, affine, prob, true)
-    write_tsv(f"{numbers}_dseg.tsv", PVS_COLUMNS, rows)
-    if true is not None:
-        manual = folder / f"{case.name}_seg-PVS_desc-manual_dseg"
-        write_nifti(f"{manual}.nii.gz", true, case.image)
-        rows = measure_components(true, affine, other=numbered)
-        write_tsv(f"{manual}.tsv", PVS_COLUMNS, rows)
-    return folder / f"{name}_mask.nii.gz"
+        write_nifti(f"{label}_probseg.nii.gz", prob, case.image)
+    write_nifti(f"{label}_mask.nii.gz", (numbered > 0).astype(np.uint8), case.image)
+    tables = {network: (numbered, prob, true)}
+    tables |= {"manual": (true, None, numbered)} if true is not None else {}
+    for desc, (own, probs, other) in tables.items():
+        numbers = f"{start}_seg-PVS_desc-{desc}_dseg"
+        write_nifti(f"{numbers}.nii.gz", own, case.image)
+        rows = measure_components(own, affine, probs, other)
+        write_tsv(f"{numbers}.tsv", PVS_COLUMNS, rows)
+    return f"{label}_mask.nii.gz"
 
 
 def describe_prediction(contents, cfg):
     """Return in words what makes a mask of a scan, the weights by a hash."""
     digests = []
     for _, content in contents:
-        digest = hashlib.sha256()
-        for weights in content["model"].values():
-            digest.update(weights.contiguous().flatten().view(torch.uint8).numpy())
-        digests.append(digest.hexdigest()[:16])
+        parts = [part.contiguous().flatten() for part in content["model"].values()]
+        weights = torch.cat([part.view(torch.uint8) for part in parts])
+        digests.append(hashlib.sha256(weights.numpy()).hexdigest()[:16])
     made = f"{describe_network(cfg)}, weights {' '.join(sorted(digests))}, {describe_grid(cfg)}, "
     made += f"TTA_FLIPS {cfg.TTA_FLIPS}, AMP {cfg.AMP}, ENGINE {cfg.ENGINE}; mask where above "
     return made + f"{cfg.THRESHOLD:g}, without components below {cfg.SMALLEST_PVS:g} mm3"
 
 
+def folder_with(name, path):
+    """Return the nearest folder above a path with a file of this name, else the path's own."""
+    above = Path(path).parents
+    return next((folder for folder in above if (folder / name).exists()), above[0])
+
+
 def write_description(run, scans, made):
     """Write `predictions/dataset_description.json`, which names the data sets of the scans."""
-    sources = set()
-    for scan in scans:
-        above = Path(scan).resolve().parents
-        marked = [p for p in above if (p / "dataset_description.json").exists()]
-        sources.add((marked or above)[0].as_uri())
+    folders = {folder_with(run.description.name, Path(scan).resolve()) for scan in scans}
     content = {"Name": "Perivascular spaces (PVS), predicted", "BIDSVersion": "1.10.0"}
     content |= {"GeneratedBy": [{"Name": "train_pvs.py", "Description": made}]}
-    content["SourceDatasets"] = [{"URL": source} for source in sorted(sources)]
+    content["SourceDatasets"] = [{"URL": uri} for uri in sorted(f.as_uri() for f in folders)]
     content["DatasetType"] = "derivative"
     write_json(run.description, content)
     columns = {name: {"Description": text} for name, text in PVS_COLUMNS.items()}
@@ -3254,15 +3240,6 @@ def read_done(run, cases, made, cfg):
     return rows
 
 
-def write_burden(run, rows):
-    """Write the table of predicted scans, with what their data sets tell of the participants."""
-    folders = []
-    for row in rows:
-        above = [p for p in Path(row["scan"]).parents if (p / "participants.tsv").exists()]
-        folders.append(str((above or [run.folder])[0]))
-    write_csv(run.burden, join_participants(rows, folders))
-
-
 def predict_scans(run, model, cases, contents, rows, cfg):
     """Segment scans one at a time; return the exit status, 1 where one could not be done.
 
@@ -3281,7 +3258,8 @@ def predict_scans(run, model, cases, contents, rows, cfg):
             row, small[case.name] = segment_scan(run, model, case, contents, cfg)
             rows[case.name] = row
             write_report(run, cfg, title, COUNTED, rows.values(), small)
-            write_burden(run, [*rows.values()])
+            folders = [folder_with("participants.tsv", row["scan"]) for row in rows.values()]
+            write_csv(run.burden, join_participants([*rows.values()], folders))
             log.info("%(name)s: %(count)d PVS, %(volume_ml).3f ml", row)
         except ValueError as error:
             named = case.image in str(error)
@@ -3469,7 +3447,7 @@ def evaluate(run, model, cases, contents, cfg):
         small = {row["name"]: thumbnail(cut) for row, cut in zip(rows, cuts, strict=True)}
         title = f"Test on {len(rows)} scans, {data_set_name(cfg)}"
         write_report(run, cfg, title, TESTED, rows, small, blocks)
-        log_test_table(rows, blocks, cfg)
+        log_scores(f"Test scores of {len(rows)} scans, {data_set_name(cfg)}", rows, blocks, cfg)
         if run.folder.name == f"fold-{cfg.FOLD}" and run.best.exists():  # no external test
             pool_folds(run, cfg)
         log.info("\nScores and figures are in %s", run.folder.resolve())
