@@ -2501,9 +2501,9 @@ def agreement(label, pred):
     1) around it (Bland and Altman 1986, 10.1016/S0140-6736(86)90837-8).
     """
     result = dict.fromkeys(("pearson_r", "lin_ccc", "bias", "limits_of_agreement"))
-    label, pred = np.array(label, dtype=float), np.array(pred, dtype=float)
     if len(label) < 3:
         return result
+    label, pred = np.array([label, pred], dtype=float)
     bias, reach = float((pred - label).mean()), float(1.96 * (pred - label).std(ddof=1))
     result |= {"bias": bias, "limits_of_agreement": [bias - reach, bias + reach]}
     if np.ptp(label) and np.ptp(pred):
@@ -2516,10 +2516,7 @@ def agreement(label, pred):
 
 
 def write_test_metrics(paths, rows, origin, cfg):
-    """Write the rows of test cases as CSV, and with their summaries as JSON; return these blocks.
-
-    `paths`: of JSON and CSV; `origin`: what else the JSON tells.
-    """
+    """Write test rows as CSV, and with summaries and `origin` as JSON; return the summaries."""
     blocks = summarise_all(rows, cfg)
     content = {"data_set": data_set_name(cfg), "grid": describe_grid(cfg), "n": len(rows)}
     for name in METRICS:  # as published
@@ -2559,10 +2556,9 @@ def log_scores(title, rows, blocks, cfg):
     log.info(told, describe_grid(cfg))
     columns = [(key, look_up(blocks, place), head) for key, place, head in SCORES if head]
     table = {row["name"]: [row[key] for key, *_ in columns] for row in rows}
-    for name in ("mean", "SD"):
-        table[name] = [summary[name.lower()] for _, summary, _ in columns]
-    for end, name in enumerate(("95 % from", "95 % to")):
-        table[name] = [summary["ci95"] and summary["ci95"][end] for _, summary, _ in columns]
+    known = [(s["mean"], s["sd"], *(s["ci95"] or (None, None))) for _, s, _ in columns]
+    lines = ("mean", "SD", "95 % from", "95 % to")
+    table |= zip(lines, zip(*known, strict=True), strict=True)
     width = max(map(len, table))
     log.info(" " * width + "".join(f"{head:>12}" for *_, head in columns))
     for name, values in table.items():
@@ -2578,12 +2574,9 @@ def log_scores(title, rows, blocks, cfg):
 
 
 def write_nifti(path, volume, scan_path):
-    """Write an array (X, Y, Z) on the grid of a scan file: its affine, shape, q and sform codes.
-
-    Nothing else of the scan's header goes along: its display range would hide a mask.
-    """
+    """Write an array (X, Y, Z) on the grid of a scan file: its affine, shape, q and sform codes."""
     scan, _ = read_header(scan_path)
-    header = type(scan.header)()
+    header = type(scan.header)()  # an empty one: the scan's display range would hide a mask
     geometry = re.compile("pixdim|xyzt_units|.form_code|quatern|qoffset|srow")
     for name in filter(geometry.match, scan.header):
         header[name] = scan.header[name]
@@ -2594,10 +2587,9 @@ def write_nifti(path, volume, scan_path):
 
 
 def write_prediction(run, case, affine, pvs, prob, cfg):
-    """Write a mask, native grid, into the BIDS derivative `predictions`; return its path.
+    """Write a mask, its numbered PVS and their table as a BIDS derivative; return the mask's path.
 
-    Beside it its PVS, numbered, and the table of them; of the ground truth, if it is known, too.
-    `pvs`: {"prediction": by `number_components`, "ground truth": likewise}.
+    `pvs`: {"prediction": by `number_components`, if known "ground truth": likewise}, native grid.
     """
     numbered, true = pvs["prediction"], pvs.get("ground truth")
     sessions, network = re.findall(r"_(ses-[^_]+)", case.name), NETWORKS[cfg.ARCHITECTURE][1]
@@ -3076,8 +3068,7 @@ def simulate_tissue(rng, shape):
 def draw_tubes(rng, where, count, diameters):
     """Return the part of each voxel that tubes like PVS fill, centred and kept in the mask `where`.
 
-    They are 6-18 voxels long, point to the head's centre within some 25 degrees, are as wide as
-    `diameters` says (see DEMO_DIAMETERS), and bent to a parabola.
+    They are 6-18 voxels long, point to the head's centre within some 25 degrees, and bend.
     """
     median, sigma, *limits = diameters
     occupancy, middle = np.zeros(where.shape, np.float32), (np.array(where.shape) - 1) / 2
@@ -3142,8 +3133,8 @@ def make_demo_data(folder, seed):
     The description with the seed is written last: another or an unfinished set is made anew. A
     folder that holds data which the demo has not made is a ValueError.
     """
-    marker, maker = Path(folder, "dataset_description.json"), {"Name": "train_pvs.py --demo"}
-    maker |= {"Version": f"1, seed {seed}"}
+    marker = Path(folder, "dataset_description.json")
+    maker = {"Name": "train_pvs.py --demo", "Version": f"1, seed {seed}"}
     description = {"Name": DEMO_NAME, "BIDSVersion": "1.9.0", "GeneratedBy": [maker]}
     found = read_json(marker) if marker.exists() else {}
     if found == description:
@@ -3161,24 +3152,23 @@ def make_demo_data(folder, seed):
 # -------------------------------------------------------------------------------------- Prediction
 
 
-def warn_of_doubts(case, entry, cautions, contents):
-    """Warn of what is odd in a scan, and of what sets it apart from the training scans."""
-    for caution in cautions:
-        log.warning("Warning: %s", caution)
-    facts = contents[0][1].get("trained_on")  # earlier checkpoints have none
-    if facts:
-        spacing = ras_spacing(entry["native_affine"].numpy())
-        warn_if_far(case.image, spacing, facts["spacing"], "the training scans' ")
-    if facts and entry["stripped"] != facts["stripped"]:
-        which = "the scan is" if entry["stripped"] else "only the training scans are"
+def warn_of_doubts(case, entry, contents):
+    """Warn of what sets a scan apart from the training scans."""
+    own = {"spacing": ras_spacing(entry["native_affine"].numpy()), "stripped": entry["stripped"]}
+    known = contents[0][1].get("trained_on", own)  # earlier checkpoints do not tell
+    warn_if_far(case.image, own["spacing"], known["spacing"], "the training scans' ")
+    if own["stripped"] != known["stripped"]:
+        which = "the scan is" if own["stripped"] else "only the training scans are"
         log.warning("Warning: %s: %s stripped of the skull, it seems", case.image, which)
 
 
 def segment_scan(run, model, case, contents, cfg):
     """Segment a scan, write and draw its mask; return its row of PREDICTED and its thumbnail."""
     image, cautions = read_scan(case.image)
+    for caution in cautions:
+        log.warning("Warning: %s", caution)
     entry = to_working_grid({"image": image}, cfg)
-    warn_of_doubts(case, entry, cautions, contents)
+    warn_of_doubts(case, entry, contents)
     prob, affine = predict_case(model, entry, cfg)[1], entry["native_affine"].numpy()
     pred = decide(prob, affine, cfg)
     pvs = {"prediction": number_components(pred)}
@@ -3215,44 +3205,36 @@ def read_done(run, cases, made, cfg):
     A ValueError where it holds masks by another network, or of other scans with the same names.
     """
     remedy = "Choose another --output-dir, or replace them with --overwrite."
-    try:
-        former = read_json(run.description)["GeneratedBy"][0]["Description"]
-    except (OSError, ValueError, LookupError, TypeError):
-        former = None
-    require(former == made, f"{run.folder}: has masks by other weights or settings. {remedy}")
-    rows, asked = {}, {case.name for case in cases}
+    former = run.description.read_bytes() if run.description.exists() else b""
+    same = json.dumps(made).encode() in former
+    require(same, f"{run.folder}: has masks by other weights or settings. {remedy}")
+    rows, problems, scans = {}, [], {case.name: case.image for case in cases}
     kinds = ("mask", "probseg") if cfg.SAVE_PROBABILITIES else ("mask",)
-    if run.burden.exists():
-        text = io.StringIO(run.burden.read_text(encoding="utf-8-sig", errors="replace"), newline="")
-        for row in csv.DictReader(text):
-            told = f"{run.burden}: expected the table as it was written"
-            whole = all(row.get(key) is not None for key in PREDICTED)
-            require(whole, f"{told}, with {', '.join(PREDICTED)}. {remedy}")
-            files = [row["mask"].replace("_mask.nii", f"_{kind}.nii") for kind in kinds]
-            if row["name"] not in asked or all((run.logs / file).exists() for file in files):
-                rows[row["name"]] = {key: row[key] for key in PREDICTED}
-    problems = [
-        f"{case.image}: expected the scan that {case.name} was, {rows[case.name]['scan']}"
-        for case in cases
-        if case.name in rows and hash_file(case.image) != rows[case.name]["scan_sha256"]
-    ]
+    table = run.burden.read_bytes() if run.burden.exists() else b""
+    for row in csv.DictReader(io.StringIO(table.decode("utf-8-sig", "replace"), newline="")):
+        whole = all(row.get(key) is not None for key in PREDICTED)
+        told = f"expected the table as it was written, with {', '.join(PREDICTED)}"
+        require(whole, f"{run.burden}: {told}. {remedy}")
+        scan = scans.get(row["name"])
+        files = [row["mask"].replace("_mask.nii", f"_{kind}.nii") for kind in kinds]
+        if scan and not all((run.logs / file).exists() for file in files):
+            continue
+        if scan and hash_file(scan) != row["scan_sha256"]:
+            problems.append(f"{scan}: expected the scan that {row['name']} was, {row['scan']}")
+        rows[row["name"]] = {key: row[key] for key in PREDICTED}
     raise_problems(problems, remedy)
     return rows
 
 
 def predict_scans(run, model, cases, contents, rows, cfg):
-    """Segment scans one at a time; return the exit status, 1 where one could not be done.
-
-    `rows`: of those that are done, {name: row}. Scans that cannot be read, or are too large for
-    the memory, are named at the end.
-    """
+    """Segment the scans that are not in `rows`, {name: row}; return 1 if one could not be done."""
     problems, waiting = [], [case for case in cases if case.name not in rows]
     if len(waiting) < len(cases):
         log.info("Done before     %d of %d scans", len(cases) - len(waiting), len(cases))
-    scans, small = {case.image for case in cases}, read_thumbnails(run)
-    title = f"PVS predicted by a network trained on {training_set(contents)}"
-    scans |= {row["scan"] for row in rows.values()}
+    small, scans = read_thumbnails(run), [case.image for case in cases]
+    scans += [row["scan"] for row in rows.values()]
     write_description(run, scans, describe_prediction(contents, cfg))
+    title = f"PVS predicted by a network trained on {training_set(contents)}"
     for case in Progress(waiting, "predicting"):
         try:
             row, small[case.name] = segment_scan(run, model, case, contents, cfg)
@@ -3261,18 +3243,16 @@ def predict_scans(run, model, cases, contents, rows, cfg):
             folders = [folder_with("participants.tsv", row["scan"]) for row in rows.values()]
             write_csv(run.burden, join_participants([*rows.values()], folders))
             log.info("%(name)s: %(count)d PVS, %(volume_ml).3f ml", row)
-        except ValueError as error:
-            named = case.image in str(error)
-            problems.append(str(error) if named else f"{case.image}: {error}")
-        except (MemoryError, RuntimeError) as error:
-            if not lacks_memory(error):
+        except (ValueError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, ValueError) and not lacks_memory(error):
                 raise
-            problems.append(f"{case.image}: memory ran out; {OUT_OF_MEMORY}")
+            told = f"memory ran out; {OUT_OF_MEMORY}" if lacks_memory(error) else str(error)
+            problems.append(told if case.image in told else f"{case.image}: {told}")
     segmented = len(cases) - len(problems)
     log.info("%d of %d scans are segmented in %s", segmented, len(cases), run.folder.resolve())
     for problem in problems:
         log.error("Not segmented: %s", problem)
-    return 1 if problems else 0
+    return int(bool(problems))
 
 
 # -------------------------------------------------------------------------------------------- Main
@@ -3300,8 +3280,15 @@ def log_settings(cfg, options, title):
             log.warning("Warning: %s: %s, which is used", name, told)
 
 
-def log_plan(run, cfg, model, scans):
-    """Print on what, with what and into which folder the run works; `scans`: how many, of what."""
+def log_plan(run, cfg, model, scans, contents=()):
+    """Print from what weights, on what and into which folder the run works; `scans`: how many."""
+    for row in (content["history_row"] for _, content in contents):
+        dice = row["val_dice"] and f"{row['val_dice']:.4f} on the working grid"
+        log.info("Weights         epoch %d, validation Dice %s", row["epoch"], dice)
+        if row["val_dice"] == 0:
+            log.warning("Warning: these weights found no PVS in validation; expect empty masks")
+    if contents:
+        log.info("Trained on      %s", training_set(contents))
     device = choose_device(cfg)
     arithmetic = str(autocast_dtype(device, cfg)).removeprefix("torch.")
     if cfg.AMP and device.type == "cpu" and has_level_of_side_2(cfg):
@@ -3333,9 +3320,9 @@ def set_up_training(cfg, options):
     run, last = Run(cfg.OUTPUT_DIR), None
     if options.resume:
         last, cfg = read_last(run.last, cfg, options)
-    files = run.results() if cfg.INIT_FROM and not last else []
+    replaced = [] if last else map(os.path.realpath, run.results())
     told = f"{cfg.INIT_FROM}: INIT_FROM, which this run would replace; choose another --output-dir"
-    require(not any(os.path.samefile(cfg.INIT_FROM, path) for path in files), told)
+    require(os.path.realpath(cfg.INIT_FROM) not in replaced, told)
     require_data_folder(cfg, options)
     again = options.demo and Path(cfg.DATA_DIR, "dataset_description.json").exists()
     replaceable = options.overwrite or options.check or options.resume or again
@@ -3404,19 +3391,15 @@ def read_again(case):
     """Return the scan and the bool mask (X, Y, Z) of a case; an OSError if they have changed."""
     try:
         image, label = read_volume(case.image), read_label(case.label)[0]
+        same = [hash_voxels(image), hash_voxels(label)] == [case.sha256, case.label_sha256]
+        require(same, f"{case.image}: it, or its mask, has other voxels than when the run began")
     except ValueError as error:
         raise OSError(str(error)) from None
-    for path, volume, known in ((case.image, image, "sha256"), (case.label, label, "label_sha256")):
-        same = hash_voxels(volume) == getattr(case, known)
-        require(same, f"{path}: has other voxels than when the run began", OSError)
     return np.asarray(image[0]), np.asarray(label[0]) > 0
 
 
 def evaluate(run, model, cases, contents, cfg):
-    """Test prepared cases on both grids, write predictions, scores, figures; return status 0.
-
-    `contents`: [(path, content)] of the checkpoints that the model has its weights from.
-    """
+    """Test prepared cases on both grids, write predictions, scores, figures; return status 0."""
     rows, cuts, weights = [], [], []
     for case in Progress(share(cases), "testing"):
         entry, (image, label) = load_cached(case), read_again(case)
@@ -3466,7 +3449,7 @@ def restore_configs(contents, cfg, options):
     ]
     require(not problems, "\n  ".join(["checkpoints that do not go together:", *problems]))
     means = {n: float(np.mean([c[n] for c in configs])) for n in ("THRESHOLD", "SMALLEST_PVS")}
-    return replace(cfg, **first | means)
+    return Config(**first | means)
 
 
 def choose_test_cases(cases, contents):
@@ -3480,22 +3463,11 @@ def choose_test_cases(cases, contents):
     return [case for case in cases if case.sha256 not in used]
 
 
-def log_weights(contents):
-    """Print where weights are from; warn of those that found nothing."""
-    for row in (content["history_row"] for _, content in contents):
-        dice = row["val_dice"] and f"{row['val_dice']:.4f} on the working grid"
-        log.info("Weights         epoch %d, validation Dice %s", row["epoch"], dice)
-        if row["val_dice"] == 0:
-            log.warning("Warning: these weights found no PVS in validation; expect empty masks")
-    log.info("Trained on      %s", training_set(contents))
-
-
 def set_up_trained(cfg, options):
     """Do all that comes before --evaluate and --predict; return the work left, a function."""
     run, models = Run(cfg.OUTPUT_DIR), nn.ModuleList()
-    places = (run.best, Run(Config.OUTPUT_DIR).best)  # the default folder's if there is no other
-    default = next((path for path in places if path.parent.is_dir()), run.best)
-    paths = list(map(Path, options.checkpoint or [default]))
+    there = [best for best in (run.best, Run(Config.OUTPUT_DIR).best) if best.parent.is_dir()]
+    paths = [Path(path) for path in options.checkpoint or [*there, run.best][:1]]
     contents = [(path, read_checkpoint(path)) for path in paths]
     cfg, saved = restore_configs(contents, cfg, options), contents[0][1]["config"]
     command = "predict" if options.predict else f"evaluate-{Path(cfg.DATA_DIR).resolve().name}"
@@ -3507,27 +3479,25 @@ def set_up_trained(cfg, options):
         run = Run(run.folder / command)  # its own, in the run's
         cfg = replace(cfg, OUTPUT_DIR=str(run.folder))
     for path, content in contents:
-        model = build_model(cfg, pretrained=False)
-        load_weights(model, content, path)
-        models.append(model)
-    goes_on = options.predict and not options.overwrite and run.results()
-    replaceable = options.overwrite or own or goes_on
-    run.open(command.split("-")[0], replaceable, options.overwrite and not own)
+        models.append(build_model(cfg, pretrained=False))
+        load_weights(models[-1], content, path)
+    anew = options.overwrite and not own
+    goes_on = options.predict and not anew and run.results()
+    run.open(command.split("-")[0], anew or own or goes_on, anew)
     wait_for_all()
     done = read_done(run, cases, describe_prediction(contents, cfg), cfg) if goes_on else {}
-    if not own and not goes_on:
-        run.clear()  # --overwrite
+    if anew:
+        run.clear()
     log_settings(cfg, options, f"{command}, checkpoint {', '.join(map(str, paths))}")
-    log_weights(contents)
     models = nn.ModuleList(for_inference(model, cfg) for model in models)
     if options.predict:
-        log_plan(run, cfg, models, f"{len(cases)} to segment")
+        log_plan(run, cfg, models, f"{len(cases)} to segment", contents)
         return functools.partial(predict_scans, run, models, cases, contents, done, cfg)
     log.info("Data            %s", data_set_name(cfg))
     cases = choose_test_cases(prepare_cases(cases, cfg), contents)
     if own:  # no others than the run has tested
         cases = [case for case in cases if case.name in contents[0][1]["sha256"]["test"]]
-    log_plan(run, cfg, models, f"{len(cases)} to test")
+    log_plan(run, cfg, models, f"{len(cases)} to test", contents)
     return functools.partial(evaluate, run, models, cases, contents, cfg)
 
 
@@ -3552,33 +3522,35 @@ def tell_failure(error, cfg, options, begun):
     What all processes meet, the first one of each computer tells. An error that is no user's
     mistake, machine's failure or signal, but the script's, is raised again.
     """
-    text, status, alone = str(error).strip(), 1, False
+    text, status = str(error).strip(), 1
     caught = re.match(r"Caught (\w+) in DataLoader worker", text)
     if caught:  # its own line stands below a worker's traceback
         text = re.findall(rf"^{caught[1]}: (.*)$", text, re.M)[-1]
     way_on = choose_way_on(cfg, options, begun)
+    ended = process_number("WORLD_SIZE") > 1 and re.search("Connection (closed|reset)", text)
+    killed = "DataLoader worker (pid" in text or isinstance(error, ConnectionError | EOFError)
+    (first_line, *_), lost = text.split("\n"), "a worker process was killed, most likely since "
+    lost += "memory, or /dev/shm, ran out.\nFirst lower --num-workers."
+    causes = (  # the first that is true is told
+        (ended, "another process of the run has ended."),
+        ("shared memory" in text or "Bus error" in text, f"{SHARED_MEMORY}."),
+        (killed, f"{lost} {OUT_OF_MEMORY}"),
+        (lacks_memory(error), f"memory ran out ({first_line}).\n{OUT_OF_MEMORY}"),
+        (caught or isinstance(error, OSError), text),
+    )
+    cause = next((told for true, told in causes if true), None)
     if stop_signals or isinstance(error, KeyboardInterrupt):
         number = signal.Signals((stop_signals or [signal.SIGINT])[0])
         told, status = f"Interrupted ({number.name}). {way_on}", 128 + number
     elif isinstance(error, ValueError | FileNotFoundError) and not begun:
         told, status = f"Error: {text}", 2
-    elif process_number("WORLD_SIZE") > 1 and re.search("Connection (closed|reset)", text):
-        told = f"Error: another process of the run has ended.\n{way_on}"
-    elif isinstance(error, FloatingPointError):
-        alone, told = True, f"Error: {text}"
-    elif "shared memory" in text or "Bus error" in text:
-        alone, told = True, f"Error: {SHARED_MEMORY}.\n{way_on}"
-    elif "DataLoader worker (pid" in text or isinstance(error, ConnectionError | EOFError):
-        told = "Error: a worker process was killed, most likely since memory, or /dev/shm, ran out."
-        told += f"\nFirst lower --num-workers. {OUT_OF_MEMORY}\n{way_on}"
-    elif lacks_memory(error):
-        cause = text.split("\n")[0]
-        alone, told = True, f"Error: memory ran out ({cause}).\n{OUT_OF_MEMORY}\n{way_on}"
-    elif caught or isinstance(error, OSError):
-        alone, told = True, f"Error: {text}\n{way_on}"
+    elif isinstance(error, FloatingPointError):  # says itself what to do
+        told = f"Error: {text}"
+    elif cause is not None:
+        told = f"Error: {cause}\n{way_on}"
     else:
         raise error
-    if alone or process_number("LOCAL_RANK") == 0:
+    if process_number("LOCAL_RANK") == 0 or (status == 1 and not ended):
         log.error("%s", told)
     elif status == 2:  # torchrun ends all processes with the first one, which has to tell
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -3590,11 +3562,10 @@ def run_folds(argv, cfg):
     """Run all folds one after another; return the highest exit status, at once above 1."""
     status, top = 0, Path(cfg.OUTPUT_DIR).parent
     for fold in range(1, cfg.FOLDS + 1):
-        own = [*argv, "--fold", str(fold)]
-        run = Run(top / f"fold-{fold}")
+        own, run = [*argv, "--fold", str(fold)], Run(top / f"fold-{fold}")
         if "--resume" in argv and not run.last.exists():  # no epoch of it was finished
-            anew = [] if run.scores.exists() else ["--overwrite"]  # finished ones are left alone
-            own = [flag for flag in own if flag != "--resume"] + anew
+            own.remove("--resume")
+            own += [] if run.scores.exists() else ["--overwrite"]  # finished ones are left alone
         status = max(status, main(own, every_fold=True))
         if status > 1:
             break
