@@ -3197,6 +3197,7 @@ def training_set(contents):
 
 PREDICTED = ("participant_id", "name", "count", "volume_ml", *RATING, "seen_in", "trained_on")
 PREDICTED += ("validation_dice", "scan", "scan_sha256", "mask")  # columns of participants_pvs.csv
+NUMBERS = ("count", "volume_ml", "section_count", "grade")
 
 
 def read_done(run, cases, made, cfg):
@@ -3213,6 +3214,7 @@ def read_done(run, cases, made, cfg):
     table = run.burden.read_bytes() if run.burden.exists() else b""
     for row in csv.DictReader(io.StringIO(table.decode("utf-8-sig", "replace"), newline="")):
         whole = all(row.get(key) is not None for key in PREDICTED)
+        whole = whole and all(re.fullmatch(r"[\d.e+-]+", row[key]) for key in NUMBERS)
         told = f"expected the table as it was written, with {', '.join(PREDICTED)}"
         require(whole, f"{run.burden}: {told}. {remedy}")
         scan = scans.get(row["name"])
@@ -3222,6 +3224,7 @@ def read_done(run, cases, made, cfg):
         if scan and hash_file(scan) != row["scan_sha256"]:
             problems.append(f"{scan}: expected the scan that {row['name']} was, {row['scan']}")
         rows[row["name"]] = {key: row[key] for key in PREDICTED}
+        rows[row["name"]] |= {key: json.loads(row[key]) for key in NUMBERS}
     raise_problems(problems, remedy)
     return rows
 
@@ -3391,10 +3394,11 @@ def read_again(case):
     """Return the scan and the bool mask (X, Y, Z) of a case; an OSError if they have changed."""
     try:
         image, label = read_volume(case.image), read_label(case.label)[0]
-        same = [hash_voxels(image), hash_voxels(label)] == [case.sha256, case.label_sha256]
-        require(same, f"{case.image}: it, or its mask, has other voxels than when the run began")
     except ValueError as error:
         raise OSError(str(error)) from None
+    for path, volume, known in ((case.image, image, "sha256"), (case.label, label, "label_sha256")):
+        same = hash_voxels(volume) == getattr(case, known)
+        require(same, f"{path}: has other voxels than when the run began", OSError)
     return np.asarray(image[0]), np.asarray(label[0]) > 0
 
 

@@ -158,7 +158,8 @@ def test_killed_worker_is_told_with_what_to_lower(begin, heads):
 def test_folder_of_a_running_training_is_refused_until_it_is_killed(begin, again, heads):
     run = begin(*FOR_EVER, data=heads)
     run.wait_for("checkpoints/last.pth")
-    growing = ["train.log", "training_history.json"]
+    growing = [path.name for path in run.out.glob("logs/tensorboard/*")]
+    growing += ["train.log", "training_history.json"]
     kept = snapshot(run.out / "logs", growing)
     for command in ("--overwrite", "--resume", "--evaluate", "--check"):
         flags = ("--data-dir", heads, "--output-dir", run.out, *MACHINE)
@@ -226,6 +227,7 @@ def test_full_disk_is_told_for_each_file_and_survived(again, heads, monkeypatch,
     kinds = "cache split.json best_model.pth last.pth training_history.json mask.nii.gz "
     kinds += "multi_plane dataset_description.json comprehensive_test_metrics.json agreement.jpg "
     kinds += "test_metrics.csv test_set_visualization_grid_300dpi.jpg training_curves.jpg "
+    kinds += "report.html "
     kinds += (single := "dseg.nii.gz dseg.tsv seg-PVS_dseg.json ")
     assert fill_disk(monkeypatch, again) == set(kinds.split())
     assert outcome(tmp_path / "out") == outcome(whole)
@@ -233,10 +235,13 @@ def test_full_disk_is_told_for_each_file_and_survived(again, heads, monkeypatch,
     draw_nothing(monkeypatch)
     scans = [image_path(heads, f"sub-00{number}") for number in (1, 2)]
     best = ("--checkpoint", whole / "checkpoints" / "best_model.pth", "--save-probabilities")
-    log, flags = ["predict.log"], ("--predict", *scans, *best, *MACHINE, "--output-dir")
+    log, flags = (
+        ["predict.log", "report.html"],
+        ("--predict", *scans, *best, *MACHINE, "--output-dir"),
+    )
     found = fill_disk(monkeypatch, lambda *more: call(*flags, tmp_path / "predicted", *more))
     kinds = single + "dataset_description.json mask.nii.gz probseg.nii.gz multi_plane "
-    kinds += "participants_pvs.csv"
+    kinds += "participants_pvs.csv report.html"
     assert found == set(kinds.split())
     done(call(*flags, tmp_path / "calm"))
     assert snapshot(tmp_path / "predicted", log) == snapshot(tmp_path / "calm", log)
