@@ -68,9 +68,7 @@ def test_page_of_a_run_has_scores_figures_split_settings_and_all_scans_worst_fir
     )
 
 
-def test_page_of_predictions_grows_scan_by_scan_and_keeps_what_was_done(
-    finished, predict, tmp_path
-):
+def test_page_of_predictions_grows_and_keeps_what_was_done(finished, predict, tmp_path):
     first, second = (tmp_path / f"sub-{n}_T2w.nii.gz" for n in "12")
     for number, path in enumerate((first, second), 1):
         shutil.copy(image_path(finished.data, f"sub-00{number}"), path)
@@ -86,17 +84,18 @@ def test_page_of_predictions_grows_scan_by_scan_and_keeps_what_was_done(
     assert "" not in page.pictures
 
 
+def thumbnail(image):
+    section = train_pvs.Section("", "RLPA", np.ones(2), image, {}, 0 * image)
+    return train_pvs.thumbnail(section)
+
+
 def test_page_of_two_hundred_whole_heads_is_small(tmp_path):
     rng, run = np.random.default_rng(0), train_pvs.Run(tmp_path)
-    section = train_pvs.Section(
-        "", "RLPA", np.ones(2), rng.random((300, 208)), {}, np.zeros((300, 208))
-    )
-    small = train_pvs.thumbnail(section)  # noise is the worst case of a JPEG
+    small = thumbnail(rng.random((300, 208)))  # noise is the worst case of a JPEG
     names = [f"sub-{number:03d}" for number in range(200)]
     rows = [{"name": name} | dict.fromkeys(train_pvs.COUNTED, 1) for name in names]
-    train_pvs.write_report(
-        run, train_pvs.Config(), "<b> & co", train_pvs.COUNTED, rows, dict.fromkeys(names, small)
-    )
+    pictures, cfg = dict.fromkeys(names, small), train_pvs.Config()
+    train_pvs.write_report(run, cfg, "<b> & co", train_pvs.COUNTED, rows, pictures)
     assert run.report.stat().st_size < 25e6
     page = Page(run.report)
     assert page.titles == ["<b> & co"]
@@ -119,11 +118,8 @@ def browser():
 
 
 def test_browser_sorts_scans_shows_pictures_and_scrolls_tables_alone(browser, tmp_path):
-    run, small = train_pvs.Run(tmp_path), {}
-    numbers = {"sub-1": 9, "sub-2": 10, "sub-3": None, "sub-4": 2}
-    for name in numbers:
-        section = train_pvs.Section("", "RLPA", np.ones(2), np.ones((9, 9)), {}, np.zeros((9, 9)))
-        small[name] = train_pvs.thumbnail(section)
+    run, numbers = train_pvs.Run(tmp_path), {"sub-1": 9, "sub-2": 10, "sub-3": None, "sub-4": 2}
+    small = dict.fromkeys(numbers, thumbnail(np.ones((9, 9))))
     usual = dict.fromkeys(train_pvs.COUNTED, 0)
     rows = [{"name": n} | usual | {"volume_ml": ml} for n, ml in numbers.items()]
     cfg = train_pvs.Config(DATA_DIR="/a/very" + "/long" * 40)
@@ -137,10 +133,8 @@ def test_browser_sorts_scans_shows_pictures_and_scrolls_tables_alone(browser, tm
     browser.execute_script(click)
     assert browser.execute_script(order) == ["sub-2", "sub-1", "sub-4", "sub-3"]
     for width in (1300, 400):
-        browser.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
-        )
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     drawn = "return [...document.images].every(image => image.naturalWidth > 0)"
     assert browser.execute_script(drawn)
