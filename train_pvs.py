@@ -897,7 +897,8 @@ def find_scans(places, cfg):
     for place in map(os.path.abspath, places):
         is_scan = place.endswith(NIFTI) and os.path.isfile(place)
         found = [place] if is_scan else find_files(place, cfg.IMAGE_GLOB)
-        found = found or find_files(place, "*")  # of a plain folder
+        anywhere = f"**/{Path(cfg.IMAGE_GLOB).name}"  # of a subject or a session
+        found = found or find_files(place, "*") or find_files(place, anywhere)
         told = f"a NIfTI file, a folder of them, or one with scans {cfg.IMAGE_GLOB} (--image-glob)"
         if os.path.realpath(place) == os.path.realpath(cfg.OUTPUT_DIR):
             found, told = [], "another folder than OUTPUT_DIR"
@@ -2634,7 +2635,8 @@ def write_description(run, scans, made):
     content["SourceDatasets"] = [{"URL": uri} for uri in sorted(f.as_uri() for f in folders)]
     content["DatasetType"] = "derivative"
     write_json(run.description, content)
-    columns = {name: {"Description": text} for name, text in PVS_COLUMNS.items()}
+    own = [*PVS_COLUMNS.items()][2:]  # BIDS describes index and name itself
+    columns = {name: {"Description": text} for name, text in own}
     write_json(run.predictions / "seg-PVS_dseg.json", columns)
 
 

@@ -271,7 +271,7 @@ def test_killed_prediction_goes_on_and_new_scans_add_rows(finished, predict, tmp
     assert table.read_text() == "".join(lines)
     assert masks == {path: path.read_bytes() for path in before}
     assert sum(path.stat().st_mtime_ns == before[path] for path in before) == 1
-    done(predict(folder, image_path(finished.data, "sub-004")))
+    done(predict(folder, image_path(finished.data, "sub-004").parents[1]))
     assert [*table.read_text().splitlines(keepends=True)][:4] == lines
     assert rows_of(out)[3]["participant_id"] == "sub-004"
     # A scan that has become another one, and other settings, are told; nothing is lost.
