@@ -1875,9 +1875,9 @@ def for_inference(model, cfg):
 def predict_logits(model, image, cfg, overlap, mirrored=()):
     """Return the logits (1, 1, H, W, D) float32 of a volume (1, H, W, D), both on the working grid.
 
-    Windows overlap and are blended with Gaussian weights; a smaller volume is padded. Along the
-    axes `mirrored` every other one is mirrored, at even distances and with flatter weights: at an
-    overlap of 0.5 all but the outer voxels are seen both ways.
+    Windows overlap and are blended with Gaussian weights; a smaller volume is padded. Every other
+    one is mirrored along the axes `mirrored`, as on a chessboard, at even distances and with
+    flatter weights: at an overlap of 0.5 all but the outer voxels are seen both ways.
     """
     model.eval()
     device = place = next(model.parameters()).device
@@ -1892,7 +1892,9 @@ def predict_logits(model, image, cfg, overlap, mirrored=()):
     steps = np.ceil(beyond / np.maximum(np.ceil(beyond / least), 1)).clip(1)
 
     def mirror(windows, places):
-        axes = ([a + 1 for a in mirrored if np.ceil(p[a + 2].start / steps[a]) % 2] for p in places)
+        numbers = np.ceil([[p[a + 2].start / steps[a] for a in range(3)] for p in places])
+        # Each voxel is then seen about equally both ways; rows by one axis' number lost 0.002 Dice.
+        axes = ([a + 1 for a in mirrored if own[a:].sum() % 2] for own in numbers)
         return torch.stack([w.flip(own) for w, own in zip(windows, axes, strict=True)])
 
     def predict_windows(windows, places):

@@ -235,7 +235,8 @@ def ends_of(windows):
 
 def test_every_other_window_is_mirrored_along_the_axes_of_the_training(tiny_config):
     # Voxel (x, y, z) has the value 100 x + z. Of 37 voxels 3 steps of 7, and not 8, 8 and 5, lead
-    # to the last window of 16; of 20 a step of 4. Windows come back to where they were.
+    # to the last window of 16; of 20 a step of 4. Windows come back to where they were. Along z the
+    # second is mirrored, along x the fields of one colour of a chessboard of both.
     image = (100.0 * torch.arange(37)[:, None, None] + torch.arange(20)).repeat(1, 1, 16, 1)
     cfg = tiny_config(AMP=False, FLIP_AXES="xz", TTA_FLIPS="windows", IMG_PATCH_SIZE=(16, 16, 16))
     model, expected = Pointwise(1.0, 0.0), set()
@@ -243,7 +244,7 @@ def test_every_other_window_is_mirrored_along_the_axes_of_the_training(tiny_conf
     torch.testing.assert_close(prob, torch.sigmoid(image))
     for x, turned in ((0, False), (7, True), (14, False), (21, True)):
         for z, back in ((0, False), (4, True)):
-            ends = [(x, x + 15)[:: -1 if turned else 1], (z, z + 15)[:: -1 if back else 1]]
+            ends = [(x, x + 15)[:: -1 if turned != back else 1], (z, z + 15)[:: -1 if back else 1]]
             expected.add(tuple(100 * a + b for a, b in zip(*ends, strict=True)))
     assert (len(model.seen), set(ends_of(model.seen))) == (8, expected)
     assert cfg.SW_OVERLAP == 0.5
