@@ -82,7 +82,7 @@ class Data(Settings):
 
 
 class Output(Settings):
-    """Where files go; always of this command, whatever a checkpoint says."""
+    """Where files go; those of this command, or with --resume of the run."""
 
     OUTPUT_DIR: str = "outputs_3d"  # everything a run writes goes below it
     CACHE_DIR: str = ""  # prepared volumes; empty: OUTPUT_DIR/cache
@@ -142,14 +142,14 @@ class Training(Settings):
     LR_MIN: float = 1e-6  # LR is not reduced below it
     VAL_EVERY: int = 1  # epochs between validations; the first and last have one always
     VAL_OVERLAP: float = 0.5  # SW_OVERLAP in validations; less takes less time
-    EARLY_STOPPING: int = 100  # validations without a better Dice before the run stops
+    EARLY_STOPPING: int = 100  # validations without a better Dice, once above 0, that end it
 
 
 class Length(Settings):
     """How long to train; --resume may raise it, under poly with --stretch."""
 
     EPOCHS: int = 1000  # at most
-    MAX_MINUTES: float = 0.0  # of training; the epoch in hand is finished; 0: no limit
+    MAX_MINUTES: float = 0.0  # of training; the epoch that ends nearest is the last; 0: no limit
 
 
 class Decision(Settings):

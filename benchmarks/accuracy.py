@@ -221,7 +221,7 @@ def describe_row(row, results, name):
         cells.append(describe_mean(pair[0] - pair[1], sign="+") if common else "")
     dices = table_of(runs, name, "native_dice").mean(1)
     cells += [
-        f"{np.ptp(dices):.3f}",
+        f"{np.ptp(dices):.3f}" if len(dices) > 1 else "",
         ", ".join(str(r[name]["best_threshold"]) for r in runs.values()),
     ]
     cells.append(", ".join(str(result["epochs"]) for result in runs.values()))

@@ -12,7 +12,6 @@ CPU:
   ones of the plan, in its proportions, of CHANNELS) and the Dice loss over the whole batch.
 - The learning rate falls over the minutes, as it otherwise does over 1000 epochs, and the clock
   ends the training. Data loading counts. There is no validation.
-- Windows overlap by a quarter in tests, as in the other rows, and not by half.
 """
 
 import dataclasses
@@ -182,11 +181,11 @@ def build_trainer(plans, data_set, seed, minutes):
 
 
 def build_predictor(trainer):
-    """Return nnU-Net's predictor with the trained network; windows overlap as in accuracy.py."""
+    """Return nnU-Net's predictor with the trained network; windows overlap by half."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     trainer.set_deep_supervision_enabled(False)
-    settings = {"tile_step_size": 0.75, "use_mirroring": True, "allow_tqdm": False}
+    settings = {"tile_step_size": 0.5, "use_mirroring": True, "allow_tqdm": False}
     predictor = nnUNetPredictor(device=trainer.device, **settings)
     predictor.manual_initialization(
         trainer.network,
