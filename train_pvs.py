@@ -491,7 +491,10 @@ def joined_processes(cfg):
         torch.cuda.set_device(process_number("LOCAL_RANK"))
     # Long, since a process may prepare its scans for hours; one that ends is noticed at once.
     backends = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
-    dist.init_process_group(backends, timeout=timedelta(hours=12))
+    store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(hours=12)))
+    # torchrun's store keeps the addresses of a former fold's processes.
+    how = {"store": dist.PrefixStore(cfg.OUTPUT_DIR, store), "timeout": timedelta(hours=12)}
+    dist.init_process_group(backends, rank=rank, world_size=count, **how)
     yield
     dist.destroy_process_group()  # not after an error: other processes may hang
 
@@ -549,7 +552,7 @@ def has_level_of_side_2(cfg):
 def autocast_dtype(device, cfg):
     """Return the number format of the network's arithmetic; float32 means no autocast."""
     if device.type == "cuda" and cfg.AMP:
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        native = torch.cuda.get_device_capability(device)[0] >= 8
         return torch.bfloat16 if native else torch.float16
     # A CPU without such instructions emulates bfloat16, over ten times slower than float32.
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -2103,7 +2106,7 @@ class TrainState:
         falls = {"factor": cfg.LR_FACTOR, "patience": cfg.LR_PATIENCE, "min_lr": cfg.LR_MIN}
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, **falls)
         device = next(model.parameters()).device
-        fp16 = autocast_dtype(device, cfg) == torch.float16
+        fp16 = torch.float16 in gather([autocast_dtype(device, cfg)])  # one scale for all
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.parts = {"model": model, "optimizer": self.optimizer, "plateau": self.plateau}
         self.parts["scaler"], self.copies = self.scaler, None  # of them, see `save_epoch`
@@ -2179,8 +2182,8 @@ def validate(model, cases, cfg, epoch):
     losses, dices = [], []
     for case in Progress(share(cases), f"epoch {epoch}, validation"):
         entry = load_cached(case)
-        logits = predict_logits(model, entry["image"], cfg, cfg.VAL_OVERLAP).cpu()
-        label = entry["label"][None]
+        logits = predict_logits(model, entry["image"], cfg, cfg.VAL_OVERLAP)
+        label = entry["label"][None].to(logits.device)
         losses.append(float(loss_function(logits, label.float())))
         check_finite(losses[-1], "validation loss", epoch, [case.name])
         dices.append(calculate_metrics(logits > 0, label)["dice"])
@@ -2199,7 +2202,8 @@ def fit(run, model, cfg, split, last=None):
     if process_number("WORLD_SIZE") > 1:  # the backward pass averages the processes' gradients
         own = [device.index] if device.type == "cuda" else None
         # Some layers of the encoder have no part in the output and get no gradient.
-        parallel = nn.parallel.DistributedDataParallel(model, own, find_unused_parameters=True)
+        unused = {"find_unused_parameters": cfg.ARCHITECTURE != "dynunet"}
+        parallel = nn.parallel.DistributedDataParallel(model, own, **unused)
     progress, former_best, writing = state.progress, last and last["former_best"], None
     history, ended = progress["history"], stops_early(progress, cfg)
     if former_best and first_process():  # its validation was out of turn
@@ -3575,7 +3579,7 @@ def run_folds(argv, cfg):
             own.remove("--resume")
             own += [] if run.scores.exists() else ["--overwrite"]  # finished ones are left alone
         status = max(status, main(own, every_fold=True))
-        if status > 1:
+        if status > 1 or dist.is_initialized():  # after an error of this process
             break
     return status
 

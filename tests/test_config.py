@@ -208,7 +208,7 @@ def test_arithmetic_is_of_16_bits_where_the_hardware_gains_from_it_and_is_right(
         return train_pvs.autocast_dtype(torch.device(device), Config(**overrides))
 
     for native, with_16_bits in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native, **_: native)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, n=native: (7 + n, 5))
         assert (dtype("cuda"), dtype("cuda", AMP=False)) == (with_16_bits, torch.float32)
     for avx512, amx in ((False, False), (False, True), (True, False)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda n=avx512: n)

@@ -235,8 +235,8 @@ def ends_of(windows):
 
 def test_every_other_window_is_mirrored_along_the_axes_of_the_training(tiny_config):
     # Voxel (x, y, z) has the value 100 x + z. Of 37 voxels 3 steps of 7, and not 8, 8 and 5, lead
-    # to the last window of 16; of 20 a step of 4. Windows come back to where they were. Along z the
-    # second is mirrored, along x the fields of one colour of a chessboard of both.
+    # to the last window of 16; of 20 a step of 4. Along z the second is mirrored, along x the black
+    # fields of a chessboard of both. All come back to where they were.
     image = (100.0 * torch.arange(37)[:, None, None] + torch.arange(20)).repeat(1, 1, 16, 1)
     cfg = tiny_config(AMP=False, FLIP_AXES="xz", TTA_FLIPS="windows", IMG_PATCH_SIZE=(16, 16, 16))
     model, expected = Pointwise(1.0, 0.0), set()
@@ -247,7 +247,6 @@ def test_every_other_window_is_mirrored_along_the_axes_of_the_training(tiny_conf
             ends = [(x, x + 15)[:: -1 if turned != back else 1], (z, z + 15)[:: -1 if back else 1]]
             expected.add(tuple(100 * a + b for a, b in zip(*ends, strict=True)))
     assert (len(model.seen), set(ends_of(model.seen))) == (8, expected)
-    assert cfg.SW_OVERLAP == 0.5
     # An axis of one window has no other to mirror: the volume is seen both ways.
     cfg = tiny_config(AMP=False, FLIP_AXES="y", TTA_FLIPS="windows", IMG_PATCH_SIZE=(16, 16, 16))
     model, image = Pointwise(1.0, 0.0), torch.arange(16.0)[:, None].repeat(1, 16, 1, 16)
