@@ -9,7 +9,7 @@
     torchrun --nproc_per_node=4 train_pvs.py   the same on several GPUs
 
 The method: build_transforms (scan to network), build_train_transforms (patches), build_model,
-loss_function, train_one_epoch, predict_prob (windows), decide (probability to mask), score_case.
+loss_function, train_one_epoch, predict_logits (windows), decide (mask), score_case.
 Two grids: a scan's own *native grid*, the network's *working grid* (RAS, `PIX_DIM`, head only).
 """
 
@@ -63,13 +63,13 @@ SCRIPT_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # an
 
 
 class Settings:
-    """A group of settings: a frozen dataclass, also where a list was written for a tuple."""
+    """A group of settings, made a frozen dataclass; a list, which that refuses, becomes a tuple."""
 
     def __init_subclass__(cls):
-        for name, value in list(vars(cls).items()):
-            if name.isupper():
-                cls.__annotations__.setdefault(name, object)
-                setattr(cls, name, tuple(value) if isinstance(value, list | np.ndarray) else value)
+        for name in filter(str.isupper, list(vars(cls))):
+            cls.__annotations__.setdefault(name, object)  # one that was added without a type
+            if isinstance(value := getattr(cls, name), list | np.ndarray):
+                setattr(cls, name, tuple(value))
         dataclass(frozen=True)(cls)
 
 
@@ -117,7 +117,7 @@ class Network(Settings):
     ARCHITECTURE: str = "unetplusplus"  # unetplusplus or dynunet, which has no ENCODER_NAME
     ENCODER_NAME: str = "efficientnet-b7"  # efficientnet-b0 to efficientnet-b7
     ENCODER_DEPTH: int = 5  # halvings of the patch
-    DECODER_WIDTH: int = 16  # channels at full resolution, doubled at every halving
+    DECODER_WIDTH: int = 16  # channels at full resolution, doubled at halvings; dynunet: up to 320
 
 
 class Training(Settings):
@@ -139,7 +139,7 @@ class Training(Settings):
     GRAD_CLIP: float = 1.0  # largest norm of the gradient
     LR_FACTOR: float = 0.5  # plateau: ReduceLROnPlateau on the validation loss
     LR_PATIENCE: int = 5  # validations in a row without a lower loss that leave LR as it is
-    LR_MIN: float = 1e-6  # LR is not reduced below it
+    LR_MIN: float = 1e-6  # plateau: LR is not reduced below it
     VAL_EVERY: int = 1  # epochs between validations; the first and last have one always
     VAL_OVERLAP: float = 0.5  # SW_OVERLAP in validations; less takes less time
     EARLY_STOPPING: int = 100  # validations without a better Dice, once above 0, that end it
@@ -165,7 +165,7 @@ class Machine(Settings):
     """The computer at hand."""
 
     DEVICE: str = "auto"  # auto (cuda where there is one, else cpu), cpu, cuda, cuda:1, ...
-    ENGINE: str = "torch"  # of tests on CPUs; openvino (pip install openvino) takes 2/3 of the time
+    ENGINE: str = "torch"  # openvino (pip install openvino): a CPU predicts 1.5 times as fast
     NUM_WORKERS: int = 8  # processes that prepare volumes and cut patches
     SW_BATCH_SIZE: int = 4  # windows at once; on a CPU at most what 96 x 96 x 96 voxels hold
 
@@ -225,9 +225,9 @@ SMALLEST_SIDE, LARGEST_SIDE = 0.1, 20  # mm, of the working grid's voxels
 FLIPS = {"none": (), "x": (0,), "y": (1,), "z": (2,)}
 FLIPS |= {"xy": (0, 1), "xz": (0, 2), "yz": (1, 2), "xyz": (0, 1, 2)}
 
-NETWORKS = {  # ARCHITECTURE, made by build_..: its output's bias, its name in BIDS' `desc`
-    "unetplusplus": ("segmentation_head.0.bias", "unetpp"),
-    "dynunet": ("output_block.conv.conv.bias", "dynunet"),
+NETWORKS = {  # ARCHITECTURE, made by build_..: its output's bias, its name in BIDS' `desc`, in text
+    "unetplusplus": ("segmentation_head.0.bias", "unetpp", "UNet++"),
+    "dynunet": ("output_block.conv.conv.bias", "dynunet", "DynUNet"),
 }
 
 HOW_TO_GET_DATA = """\
@@ -312,14 +312,15 @@ def convert_all(settings, problems):
     converted, told = {}, {bool: "True or False", int: "a whole number", float: "a number"}
     for name in filter(str.isupper, settings):  # the others are commands
         model = PUBLISHED.get(name, getattr(Config, name, None))
-        models = model if isinstance(model, tuple) else (model,)
+        several = isinstance(model, tuple)
+        models = model if several else (model,)
         kind = type(models[0]) if models else str
         values = np.array(settings[name], object)
-        try:
+        try:  # one number for a triple is meant for all three
             values = tuple(convert(value, kind) for value in np.broadcast_to(values, len(models)))
-            converted[name] = values if models is model else values[0]
+            converted[name] = values if several else values[0]
         except (TypeError, ValueError, OverflowError):
-            expected = told.get(kind, "a text") + f", {len(models)} times" * (models is model)
+            expected = told.get(kind, "a text") + (f", {len(models)} times" if several else "")
             problems[name] = f"{name}: expected {expected}, got {words(settings[name])}"
     return converted
 
@@ -341,7 +342,7 @@ def choices(device):
 def check_config(cfg, problems, starts=True):
     """Add a sentence to `problems`, {field: sentence}, for each wrong setting that has none yet."""
     divisor, known = 2 ** np.clip(cfg.ENCODER_DEPTH, 3, 5), choices(cfg.DEVICE)
-    low, high = cfg.INTENSITY_PERCENTILES
+    dark, bright = cfg.INTENSITY_PERCENTILES
     patch = [side >= 2 * divisor and side % divisor == 0 for side in cfg.IMG_PATCH_SIZE]
     sides = tuple(np.clip(cfg.PIX_DIM, SMALLEST_SIDE, LARGEST_SIDE))
     output, data = map(os.path.realpath, (cfg.OUTPUT_DIR, cfg.DATA_DIR))
@@ -349,7 +350,7 @@ def check_config(cfg, problems, starts=True):
     paths, mirrored = (cfg.SPLIT, cfg.INIT_FROM, cfg.ENCODER_WEIGHTS), cfg.TTA_FLIPS != "none"
     # Only a training that starts needs them.
     split, start, weights = (not starts or os.path.isfile(path) for path in paths)
-    weights = weights or cfg.ENCODER_WEIGHTS in ("imagenet", "none")
+    weights |= cfg.ENCODER_WEIGHTS in ("imagenet", "none")
     rules = [
         *((name, getattr(cfg, name).strip(), "a value") for name in names(Data) | {"OUTPUT_DIR"}),
         ("OUTPUT_DIR", output != data, "another folder than DATA_DIR"),
@@ -363,7 +364,7 @@ def check_config(cfg, problems, starts=True):
         ("FOLDS", cfg.FOLDS == 0 or 2 <= cfg.FOLDS <= 1000, "2 to 1000, or 0"),
         ("FOLD", min(cfg.FOLDS, 1) <= cfg.FOLD <= cfg.FOLDS, fold),
         ("PIX_DIM", not any(cfg.PIX_DIM) or sides == cfg.PIX_DIM, "0.1 to 20, or 0 0 0"),
-        ("INTENSITY_PERCENTILES", 0 <= low < high <= 100, "two rising numbers to 100"),
+        ("INTENSITY_PERCENTILES", 0 <= dark < bright <= 100, "two rising numbers to 100"),
         # At the deepest level a side of 1 is wrong in bfloat16 on CPUs with AMX (pytorch 169688).
         ("IMG_PATCH_SIZE", all(patch), f"multiples of {divisor} from {2 * divisor} on"),
     ]
@@ -543,9 +544,9 @@ def workers(cfg):
 
 
 def has_level_of_side_2(cfg):
-    """Return whether a 3 x 3 x 3 convolution of the network meets a first side of 2 voxels."""
+    """Return whether a dense 3 x 3 x 3 convolution of the network meets a first side of 2."""
     # torch 2.14.1 then gives noise as bfloat16 weight gradients on CPUs with AVX512_BF16.
-    levels = cfg.ENCODER_DEPTH + (cfg.ARCHITECTURE == "dynunet")  # UNet++'s deepest has none
+    levels = cfg.ENCODER_DEPTH + (cfg.ARCHITECTURE == "dynunet")  # UNet++'s deepest: depthwise only
     return cfg.IMG_PATCH_SIZE[0] in [2 ** (level + 1) for level in range(levels)]
 
 
@@ -718,6 +719,10 @@ class Run:
         patterns += [f"predictions/sub-*/**/*_{kind}" for kind in masks]
         return [f for p in (*FILES.values(), *patterns) for f in self.folder.glob(p)]
 
+    def figure(self, case):
+        """Return where the figure of a case lies."""
+        return self.folder / "multi_plane" / f"{case.name}.png"
+
     def open(self, name, replaceable, anew=False):
         """Lock the folder and keep the messages in `logs/<name>.log`; `anew`: in an empty one."""
         if not first_process():
@@ -736,8 +741,9 @@ class Run:
             raise ValueError(f"{self.folder}: another run is using this folder; wait") from None
         except OSError as error:
             raise ValueError(f"OUTPUT_DIR: expected a folder to write to ({error})") from None
-        for left in self.folder.rglob(".writing-*"):  # by killed runs; others may fill the cache
-            if left.parent.name != "cache" or left.stat().st_mtime < time.time() - 3600:
+        for left in self.folder.rglob(".writing-*"):  # by killed runs; others may write below it
+            ended = not Path("/proc", left.name.split("-")[1]).exists()
+            if ended and (left.parent.name != "cache" or left.stat().st_mtime < time.time() - 3600):
                 left.unlink(missing_ok=True)
 
     def clear(self):
@@ -1093,6 +1099,11 @@ def spacing_words(spacing):
     return f"{' x '.join(f'{mm:g}' for mm in spacing)} mm"
 
 
+def volume_ml(mask, affine):
+    """Return the volume of a mask's voxels."""
+    return float(mask.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000)
+
+
 def own_spacing(cases):
     """Return the scans' median spacing (mm), within the bounds of a working grid."""
     spacings = []
@@ -1392,7 +1403,7 @@ def fill_cache(case, cfg):
 
 MAKERS = (read_pair, read_header, read_volume, read_label, readings, check_mask, ras_spacing)
 MAKERS += (read_scan, head_mask, keep_head, darken_background, scale_intensity, build_transforms)
-MAKERS += (to_working_grid, to_native_grid, fill_cache)
+MAKERS += (to_working_grid, to_native_grid, fill_cache, volume_ml, hash_voxels)
 LIBRARIES = [importlib.metadata.version(name) for name in ("monai", "torch", "scipy", "numpy")]
 CACHED_CODE = [inspect.getsource(maker) for maker in MAKERS]
 CACHED_SETTINGS = sorted(set(re.findall(r"cfg\.([A-Z]\w+)", "".join(CACHED_CODE))))
@@ -1403,7 +1414,8 @@ def cache_path(case, cfg):
     stats = {path: os.stat(path) for path in (case.image, case.label)}
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()]
     settings = [getattr(cfg, name) for name in CACHED_SETTINGS]
-    key = (files, settings, CACHED_CODE, LIBRARIES, INTERPOLATION, LARGEST_BRAIN)
+    constants = (INTERPOLATION, LARGEST_BRAIN, BACKGROUND_SAMPLE)
+    key = (files, settings, CACHED_CODE, LIBRARIES, constants)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     return cache_folder(cfg) / f"{case.name}-{digest}.pt"
 
@@ -1587,19 +1599,20 @@ def build_model(cfg, pretrained=True):
 
 def describe_network(cfg):
     """Return the network in the words that log and files show."""
+    name, levels = NETWORKS[cfg.ARCHITECTURE][2], cfg.ENCODER_DEPTH + 1
     if cfg.ARCHITECTURE == "unetplusplus":
-        return f"UNet++ with {cfg.ENCODER_NAME}"
-    levels, width = cfg.ENCODER_DEPTH + 1, cfg.DECODER_WIDTH
-    return f"DynUNet, {levels} levels, {width} channels at full resolution"
+        return f"{name} with {cfg.ENCODER_NAME}"
+    return f"{name}, {levels} levels, {cfg.DECODER_WIDTH} channels at full resolution"
 
 
 def load_encoder_weights(encoder, cfg):
     """Load a 2D EfficientNet's state dict into the 3D encoder; ImageNet's is downloaded once."""
-    url = smp.encoders.encoders[cfg.ENCODER_NAME]["pretrained_settings"]["imagenet"]["url"]
     path, remedy = cfg.ENCODER_WEIGHTS, "Remove or replace the file"
     how = {"map_location": "cpu", "weights_only": True}
     try:
         if path == "imagenet":
+            known = smp.encoders.encoders[cfg.ENCODER_NAME]["pretrained_settings"]
+            url = known["imagenet"]["url"]
             path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
             remedy = f"Fetch {url} and put it there"
             how |= {"progress": sys.stderr.isatty(), "check_hash": True}
@@ -1633,9 +1646,10 @@ loss_function = DiceCELoss(
 
 METRICS = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
 EMPTY_MASKS = (  # so that neither a missed nor an invented finding drops out of a mean
-    "Ground truth and prediction both empty: dice, iou, precision, recall, sensitivity, f1 and nsd "
-    "are 1, hd95 is 0. One of them empty: these are 0, hd95 is the diagonal of the scan. A ground "
-    "truth that is empty on the working grid only counts as missed there: 0. "
+    "Ground truth and prediction both empty: dice, iou, precision, recall, average_precision, "
+    "cldice, sensitivity, f1 and nsd are 1, hd95 is 0. One of them empty: these are 0 (but the "
+    "average_precision of an empty prediction, which is of probabilities), hd95 is the diagonal of "
+    "the scan. A ground truth that is empty on the working grid only counts as missed there: 0. "
     "Round trip and error in percent of an empty ground truth are undefined (null)."
 )
 
@@ -1648,11 +1662,6 @@ def calculate_metrics(pred, label):
         return dict.fromkeys(METRICS, float(found == true))
     scores = 2 * hits / (found + true), hits / (found + true - hits), hits / found, hits / true
     return dict(zip(METRICS, scores, strict=True))
-
-
-def volume_ml(mask, affine):
-    """Return the volume of a mask's voxels."""
-    return float(mask.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000)
 
 
 TOUCHING = np.ones((3, 3, 3))  # voxels of one PVS share a face, an edge or a corner
@@ -1874,6 +1883,14 @@ def for_inference(model, cfg):
     return OpenVINO(model.to(device), cfg) if compiled else model.to(device)
 
 
+def even_steps(shape, overlap, cfg):
+    """Return the distances (3,) of windows that overlap so much at least, all alike on an axis."""
+    sides = np.array(cfg.IMG_PATCH_SIZE)
+    beyond = np.maximum(np.subtract(shape, sides), 0)
+    gaps = np.ceil(beyond / ((1 - overlap) * sides))
+    return np.ceil(beyond / np.maximum(gaps, 1)).clip(1)
+
+
 @torch.inference_mode()
 def predict_logits(model, image, cfg, overlap, mirrored=()):
     """Return the logits (1, 1, H, W, D) float32 of a volume (1, H, W, D), both on the working grid.
@@ -1890,9 +1907,7 @@ def predict_logits(model, image, cfg, overlap, mirrored=()):
         large = 48 * image.numel() > torch.cuda.mem_get_info(device)[0] + idle
         place = torch.device("cpu") if large else device
 
-    sides, least = np.array(cfg.IMG_PATCH_SIZE), (1 - overlap) * np.array(cfg.IMG_PATCH_SIZE)
-    beyond = np.maximum(image.shape[1:] - sides, 0)
-    steps = np.ceil(beyond / np.maximum(np.ceil(beyond / least), 1)).clip(1)
+    sides, steps = np.array(cfg.IMG_PATCH_SIZE), even_steps(image.shape[1:], overlap, cfg)
 
     def mirror(windows, places):
         numbers = np.ceil([[p[a + 2].start / steps[a] for a in range(3)] for p in places])
@@ -1924,7 +1939,7 @@ def predict_prob(model, image, cfg):
     several = [axis for axis in known if image.shape[1 + axis] > cfg.IMG_PATCH_SIZE[axis]]
     mirrored = several if cfg.TTA_FLIPS == "windows" else ()
     whole = {*known} - {*mirrored}
-    views = [[axis + 1 for axis in axes] for axes in FLIPS.values() if {*axes} <= whole]
+    views = [[axis + 1 for axis in axes] for axes in FLIPS.values() if whole.issuperset(axes)]
     total = torch.zeros(())
     for part, axes in itertools.product(models, views):
         logits = predict_logits(part, image.flip(axes), cfg, cfg.SW_OVERLAP, mirrored)[0]
@@ -1999,7 +2014,7 @@ def list_differences(one, two, compared):
 
 def settings_of(saved, problems):
     """Return the settings that a file holds; those that it lacks are as they were before it."""
-    settings = {field.name: field.default for field in fields(Config)} | PUBLISHED
+    settings = asdict(Config(**PUBLISHED))
     settings["VAL_OVERLAP"] = saved.get("SW_OVERLAP", Config.VAL_OVERLAP)
     if isinstance(saved.get("TTA_FLIPS"), bool):
         saved = saved | {"TTA_FLIPS": "full" if saved["TTA_FLIPS"] else "none"}
@@ -2139,6 +2154,17 @@ class TrainState:
         passed_over = self.scaler.is_enabled() and self.scaler.get_scale() > 1e-4
         return 0.0 if passed_over and not math.isfinite(norm) else norm
 
+    def judge(self, row, in_turn):
+        """Return whether an epoch is the best so far; one validated in its turn also counts."""
+        progress, dice = self.progress, row["val_dice"]
+        improved = dice is not None and dice > progress["best_dice"]
+        if in_turn:
+            if self.cfg.LR_SCHEDULE == "plateau":
+                self.plateau.step(row["val_loss"])
+            progress["waited"] = 0 if improved else progress["waited"] + 1
+            progress["best_dice"] = max(dice, progress["best_dice"])
+        return improved
+
 
 def check_finite(value, what, epoch, cases):
     """Raise a FloatingPointError, which names the cases, where a number is not finite."""
@@ -2186,7 +2212,9 @@ def validate(model, cases, cfg, epoch):
         label = entry["label"][None].to(logits.device)
         losses.append(float(loss_function(logits, label.float())))
         check_finite(losses[-1], "validation loss", epoch, [case.name])
-        dices.append(calculate_metrics(logits > 0, label)["dice"])
+        dice = calculate_metrics(logits > 0, label)["dice"]
+        lost = case.native_voxels and not case.working_voxels  # see EMPTY_MASKS
+        dices.append(0.0 if lost else dice)
     return float(np.mean(gather(losses))), float(np.mean(gather(dices)))
 
 
@@ -2216,12 +2244,7 @@ def fit(run, model, cfg, split, last=None):
             history.append(row)
             if board:
                 write_scalars(board, row)
-            improved = row["val_dice"] is not None and row["val_dice"] > progress["best_dice"]
-            if in_turn:
-                if cfg.LR_SCHEDULE == "plateau":
-                    state.plateau.step(row["val_loss"])
-                progress["waited"] = 0 if improved else progress["waited"] + 1
-                progress["best_dice"] = max(row["val_dice"], progress["best_dice"])
+            improved = state.judge(row, in_turn)
             if writing:
                 writing.result()  # raises its errors
             if first_process():
@@ -2243,7 +2266,7 @@ def planned_progress(history, cfg, more=0):
 
 
 def stops_early(progress, cfg):
-    """Return whether EPOCHS, EARLY_STOPPING or MAX_MINUTES ends the training; print the latter."""
+    """Return whether EPOCHS, EARLY_STOPPING or MAX_MINUTES ends it; print which of the last two."""
     waited, late = progress["waited"], planned_progress(progress["history"], cfg) == 1
     # With 0.1 % foreground the Dice can stay at 0 for long.
     early = waited >= cfg.EARLY_STOPPING and progress["best_dice"] > 0
@@ -2537,7 +2560,7 @@ def write_test_metrics(paths, rows, origin, cfg):
 
 def pool_folds(run, cfg):
     """Write and print the test metrics over the subjects of all finished folds, beside them."""
-    top, rows, now = run.folder.parent, [], asdict(cfg)
+    top, rows, now, own = run.folder.parent, [], asdict(cfg), read_json(run.scores)["subjects"][0]
     alike = names(Split, Grid, Network, Training, Decision) - {"FOLD"}
     for fold in range(1, cfg.FOLDS + 1):
         scores, known = Run(top / f"fold-{fold}").scores, {row["name"] for row in rows}
@@ -2546,8 +2569,9 @@ def pool_folds(run, cfg):
         content = read_json(scores)
         again = known & {row["name"] for row in content["subjects"]}
         differ = list_differences(settings_of(content["config"], {}), now, alike)
+        differ += content["subjects"][0].keys() ^ own.keys()
         if again or differ or content["data_set"] != data_set_name(cfg):
-            log.warning("Warning: left out, of other settings or data: %s", scores)
+            log.warning("Warning: left out, of other settings, data or scores: %s", scores)
         else:
             rows += [{"fold": fold} | row for row in content["subjects"]]
     finished = sorted({row["fold"] for row in rows})
@@ -2683,9 +2707,7 @@ def sort_pvs(true, found):
     """
     both, touched = (true > 0) & (found > 0), np.zeros(true.shape, bool)
     for components in (true, found):
-        hit = np.zeros(int(components.max()) + 1, bool)
-        hit[components[both]] = True
-        touched |= hit[components]
+        touched |= np.isin(components, components[both])
     return np.select([touched, true > 0, found > 0], [1, 2, 3], 0).astype(np.uint8)
 
 
@@ -2822,11 +2844,6 @@ def write_figure(path, figure, title):
     figure.savefig(buffer, format=Path(path).suffix[1:], dpi=300)
     plt.close(figure)
     write_file(path, buffer.getbuffer())
-
-
-def draw_case(run, case, sections, title):
-    """Draw the three sections of a scan, `multi_plane/NAME.png`."""
-    draw_sections(run.folder / "multi_plane" / f"{case.name}.png", sections, title)
 
 
 def describe_scores(row, affine, cfg):
@@ -3187,13 +3204,15 @@ def segment_scan(run, model, case, contents, cfg):
     title += f"{spacing_words(ras_spacing(affine))}\nnetwork trained on: {training_set(contents)}"
     title += f"; {describe_grid(cfg)}"
     sections = cut_sections(np.asarray(image[0]), affine, pvs, entry)
-    draw_case(run, case, sections, title)
+    draw_sections(run.figure(case), sections, title)
     found, every = hash_voxels(image), [content for _, content in contents]
     seen = [part for part in ("train", "val", "test") if found in seen_hashes(every, part)]
-    row = case.subject, case.name, count, volume, *rating, "".join(seen[:1]), training_set(contents)
-    row += (float(np.mean([content["history_row"]["val_dice"] or 0 for content in every])),)
-    row += case.image, hash_file(case.image), os.path.relpath(mask, run.logs)
-    return dict(zip(PREDICTED, row, strict=True)), thumbnail(sections[0])
+    dices = [content["history_row"]["val_dice"] or 0 for content in every]
+    row = {"participant_id": case.subject, "name": case.name, "count": count, "volume_ml": volume}
+    row |= dict(zip(RATING, rating, strict=True)) | {"seen_in": "".join(seen[:1])}
+    row |= {"trained_on": training_set(contents), "validation_dice": float(np.mean(dices))}
+    row |= {"scan": case.image, "scan_sha256": hash_file(case.image)}
+    return row | {"mask": os.path.relpath(mask, run.logs)}, thumbnail(sections[0])
 
 
 def training_set(contents):
@@ -3273,7 +3292,7 @@ FAILURES = (ValueError, OSError, EOFError, ArithmeticError, RuntimeError, Memory
 
 def find_edited(cfg):
     """Return {name: (value, published value)} of the settings that differ from the published."""
-    published = {name: PUBLISHED.get(name, getattr(Config, name)) for name in names(Config)}
+    published = asdict(Config(**PUBLISHED))
     return {n: (v, published[n]) for n, v in asdict(cfg).items() if v != published[n]}
 
 
@@ -3378,7 +3397,7 @@ def train(run, model, split, cfg, last):
     if first_process():
         write_json(run.split, {part: sorted({c.subject for c in split[part]}) for part in split})
     model.to(device)
-    if cfg.HEAD_BIAS_LOG_ODDS and not cfg.INIT_FROM:
+    if cfg.HEAD_BIAS_LOG_ODDS and not (cfg.INIT_FROM or last):
         start_at_log_odds(model, split["train"], cfg)
     if shared and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -3423,7 +3442,7 @@ def evaluate(run, model, cases, contents, cfg):
         write_prediction(run, case, affine, pvs, prob, cfg)
         rows.append(score_case(case, entry, working_pred, prob, pred, label))
         sections = cut_sections(image, affine, pvs, entry)
-        draw_case(run, case, sections, describe_scores(rows[-1], affine, cfg))
+        draw_sections(run.figure(case), sections, describe_scores(rows[-1], affine, cfg))
         cuts.append(sections[0])
     rows, cuts = gather(rows), gather(cuts)
     if first_process():
@@ -3481,11 +3500,11 @@ def set_up_trained(cfg, options):
     there = [best for best in (run.best, Run(Config.OUTPUT_DIR).best) if best.parent.is_dir()]
     paths = [Path(path) for path in options.checkpoint or [*there, run.best][:1]]
     contents = [(path, read_checkpoint(path)) for path in paths]
-    cfg, saved = restore_configs(contents, cfg, options), contents[0][1]["config"]
+    cfg, saved = restore_configs(contents, cfg, options), settings_of(contents[0][1]["config"], {})
     command = "predict" if options.predict else f"evaluate-{Path(cfg.DATA_DIR).resolve().name}"
     cases = find_scans(options.predict, cfg) if options.predict else find_cases(cfg)
     # Whether --evaluate makes the test of a run again: its weights, data and decision.
-    same = all(saved.get(name) == getattr(cfg, name) for name in names(Data, Decision))
+    same = all(saved[name] == getattr(cfg, name) for name in names(Data, Decision))
     own = options.evaluate and same and [p.resolve() for p in paths] == [run.best.resolve()]
     if not own and run.best.parent.exists():
         run = Run(run.folder / command)  # its own, in the run's

@@ -72,8 +72,7 @@ def test_accuracy_measures_rows_on_two_scanners_and_does_nothing_twice(accuracie
 
 def test_other_scanner_has_other_voxels_and_intensities_and_as_much_pvs(tmp_path):
     image, label = heads.simulate_head(np.random.default_rng(0), (48, 56, 48))
-    rng = np.random.default_rng(1)
-    other, mask = heads.rescan(image, label, (0.8, 0.8, 0.8), rng)
+    other, mask = heads.rescan(image, label, (0.8, 0.8, 0.8), np.random.default_rng(1))
     assert other.shape == mask.shape == (42, 49, 38)  # 48 * 0.8 / 0.9 = 42.7, 38.4 mm
     volumes = [label.sum() * 0.8**3, mask.sum() * 0.9 * 0.9]  # mm3
     assert volumes[1] == pytest.approx(volumes[0], rel=0.1)
@@ -127,7 +126,6 @@ def test_one_line_says_what_to_install_for_nnunet(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "nnunetv2", None)  # as if it were not installed
     assert accuracy.main(["--rows", "native", accuracy.NNUNET]) == 2
     assert capsys.readouterr() == ("", f"{accuracy.NO_NNUNET}\n")
-    assert "pip install nnunetv2" in accuracy.NO_NNUNET
 
 
 def test_nnunet_learns_from_no_test_head_and_is_scored_on_the_scans_grid(accuracies, tmp_path):
@@ -148,7 +146,6 @@ def test_nnunet_learns_from_no_test_head_and_is_scored_on_the_scans_grid(accurac
     predictor = SimpleNamespace(plans_manager=manager, predict_single_npy_array=predict)
     row, dices = nnunet.test_case(predictor, cases[-1])
     share = label[..., 10:].sum() / label.sum()
-    assert 0 < share < 1
     assert row["native_dice"] == pytest.approx(2 * share / (1 + share))
     assert dices == pytest.approx(5 * [row["native_dice"]] + 4 * [0])  # above 0.1 to 0.9; 0.6
     assert row["volume_ml_error_percent"] == pytest.approx(100 * (share - 1))

@@ -216,7 +216,7 @@ def test_arithmetic_is_of_16_bits_where_the_hardware_gains_from_it_and_is_right(
         assert dtype("cpu") == (torch.bfloat16 if avx512 or amx else torch.float32)
         assert dtype("cpu", AMP=False) == torch.float32
     # Features of side 2, of which the weights' gradients are noise: of 8, 4, 2, 1 the third level,
-    # of 16, 8, 4, 2 the last one, which UNet++ has without a 3 x 3 x 3 convolution.
+    # of 16, 8, 4, 2 the last one, which UNet++ has without a dense convolution.
     found = {
         (name, side): dtype("cpu", ARCHITECTURE=name, ENCODER_DEPTH=3, IMG_PATCH_SIZE=(side, 9, 9))
         for name in ("unetplusplus", "dynunet")

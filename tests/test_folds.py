@@ -62,6 +62,7 @@ def test_folds_of_other_settings_or_data_are_named_and_not_in_the_table(folds, t
         ("config", "DECODER_WIDTH", 9, [1, 3]),
         ("config", "THRESHOLD", 0.3, [1, 3]),
         (None, "data_set", "other", [1, 3]),
+        (None, "subjects", [row | {"x": 1} for row in content["subjects"]], [1, 3]),
         ("config", "EPOCHS", 9, [1, 2, 3]),  # folds may be of different lengths
     ):
         changed = json.loads(json.dumps(content))

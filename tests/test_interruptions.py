@@ -169,15 +169,16 @@ def test_folder_of_a_running_training_is_refused_until_it_is_killed(begin, again
     assert len(members(run.pid)) == 1 + 2  # workers, which live for some seconds more
     os.kill(run.pid, signal.SIGKILL)
     run.process.join(5)
-    left = run.out / "predictions" / ".writing-1-mask.nii.gz"
+    left, live = (run.out / f"predictions/.writing-{pid}-x" for pid in (run.pid, os.getpid()))
     train_pvs.write_file(left, "half a file")
+    train_pvs.write_file(live, "half a file")  # of another command, into a folder below
     # Some epochs more, without workers: the run that was never killed has them too.
     last = torch.load(run.out / "checkpoints" / "last.pth", weights_only=True)["history_row"]
-    epochs = last["epoch"] // 2 * 2 + 2
-    flags, calm = ("--epochs", epochs), run.folder / "calm"
+    flags, calm = ("--epochs", last["epoch"] // 2 * 2 + 2), run.folder / "calm"
     out = trained(again("--resume", *flags, out=run.out))
     assert f"Resumed         after epoch {last['epoch']}" in out
-    assert not left.exists()
+    assert (left.exists(), live.exists()) == (False, True)
+    live.unlink()
     trained(again(*flags, out=calm))
     assert outcome(run.out) == outcome(calm)
 
