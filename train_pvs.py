@@ -2032,7 +2032,7 @@ def restore_config(content, path, cfg, options):
     here, free, asked = names(Output, Machine), names(Data, Output, Decision, Machine), {}
     if options.resume:
         here, asked = {"OUTPUT_DIR"}, options.of_recipe
-        free |= names(Length) if options.stretch or saved["LR_SCHEDULE"] != "poly" else set()
+        free |= names(Length) if options.stretch or saved["LR_SCHEDULE"] == "plateau" else set()
     asked = asked | options.given | {name: getattr(cfg, name) for name in here}
     if not any(asked.get("PIX_DIM", ())):  # 0 0 0: what the run made of it is known
         asked.pop("PIX_DIM", None)
