@@ -24,6 +24,7 @@ import csv
 import difflib
 import fcntl
 import functools
+import glob
 import gzip
 import hashlib
 import html
@@ -220,6 +221,7 @@ LIMITS = (  # smallest and largest value of settings
     (3, 5, "ENCODER_DEPTH"),
     (8, 1024, "IMG_PATCH_SIZE"),
 )
+NEVER_EMPTY = ("DATA_DIR", "IMAGE_GLOB", "LABEL_GLOB", "OUTPUT_DIR")
 SMALLEST_SIDE, LARGEST_SIDE = 0.1, 20  # mm, of the working grid's voxels
 # FLIP_AXES: axes of the working grid, (H, W, D) or right, anterior, superior.
 FLIPS = {"none": (), "x": (0,), "y": (1,), "z": (2,)}
@@ -352,7 +354,7 @@ def check_config(cfg, problems, starts=True):
     split, start, weights = (not starts or os.path.isfile(path) for path in paths)
     weights |= cfg.ENCODER_WEIGHTS in ("imagenet", "none")
     rules = [
-        *((name, getattr(cfg, name).strip(), "a value") for name in names(Data) | {"OUTPUT_DIR"}),
+        *((name, getattr(cfg, name).strip(), "a value") for name in NEVER_EMPTY),
         ("OUTPUT_DIR", output != data, "another folder than DATA_DIR"),
         ("CACHE_DIR", not os.path.isfile(cfg.CACHE_DIR), "a folder"),
         ("SPLIT", not (cfg.SPLIT and cfg.FOLDS), "none together with FOLDS"),
@@ -408,7 +410,7 @@ def parse_command_line(argv):
             problems["demo"] = "DATA_DIR: --demo makes its data; for your own use --recipe demo"
         given.setdefault("OUTPUT_DIR", "outputs_3d_demo")
         given["DATA_DIR"] = str(Path(given["OUTPUT_DIR"], "data"))
-    for source in (in_file, edited, given):
+    for source in (in_file, edited, of_recipe, given):
         if source.get("DATA_DIR", "").strip():  # the same from any folder
             source["DATA_DIR"] = os.path.abspath(source["DATA_DIR"])
     cfg = replace(Config(**PUBLISHED), **in_file | of_recipe | given)
@@ -417,7 +419,7 @@ def parse_command_line(argv):
     if not (options.resume or trained):  # else the checkpoint's settings are checked
         check_config(cfg, problems)
     raise_problems(problems.values(), title="wrong settings:")
-    if cfg.FOLD and not trained:
+    if cfg.FOLD and not trained and Path(cfg.OUTPUT_DIR).name != f"fold-{cfg.FOLD}":
         cfg = replace(cfg, OUTPUT_DIR=str(Path(cfg.OUTPUT_DIR, f"fold-{cfg.FOLD}")))
     return cfg, options
 
@@ -707,6 +709,7 @@ class Run:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.logs, self.predictions = self.folder / "logs", self.folder / "predictions"
+        self.log, self.former = None, 0  # the log, and the bytes in it of a run to be replaced
         self.board = self.logs / "tensorboard"
         self.description = self.predictions / "dataset_description.json"
         for name, path in FILES.items():
@@ -735,8 +738,9 @@ class Run:
             self.logs.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.logs / ".lock", "a")  # noqa: SIM115, held as long as the run
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
-            path, text = self.logs / f"{name}.log", {"encoding": "utf-8", "errors": "replace"}
-            log.addHandler(logging.FileHandler(path, "w" if anew else "a", **text))
+            self.log, text = self.logs / f"{name}.log", {"encoding": "utf-8", "errors": "replace"}
+            self.former = self.log.stat().st_size if anew and self.log.exists() else 0
+            log.addHandler(logging.FileHandler(self.log, "a", **text))
         except BlockingIOError:
             raise ValueError(f"{self.folder}: another run is using this folder; wait") from None
         except OSError as error:
@@ -747,7 +751,9 @@ class Run:
                 left.unlink(missing_ok=True)
 
     def clear(self):
-        """Remove the results, the last weights first, and the folders that this empties."""
+        """Remove the results, last weights first, the folders that this empties, the old log."""
+        if self.former:
+            self.log.write_bytes(self.log.read_bytes()[self.former :])
         for path in self.results() if first_process() else []:
             path.unlink(missing_ok=True)
             with suppress(OSError):  # not empty
@@ -839,12 +845,9 @@ class Case:
 
 def find_files(folder, pattern):
     """Return the paths of the NIfTI files below `folder` that fit the glob, sorted."""
-    try:
-        found = [p for p in sorted(Path(folder).glob(pattern)) if p.name.endswith(NIFTI)]
-        # Without hidden ones: macOS keeps its own notes in files like ._sub-001.
-        return [str(p) for p in found if not re.search(r"/\.[^./]", f"/{p.relative_to(folder)}")]
-    except (ValueError, IndexError, NotImplementedError) as error:
-        raise ValueError(f"{pattern}: expected a pattern for files ({error})") from None
+    # It follows links to folders, and passes over hidden files, such as macOS' own notes ._sub-001.
+    found = {Path(folder, path) for path in glob.glob(pattern, root_dir=folder, recursive=True)}
+    return [str(path) for path in sorted(found) if path.name.endswith(NIFTI)]
 
 
 def bids_entities(path):
@@ -916,8 +919,10 @@ def find_scans(places, cfg):
         elif not found:
             problems.append(f"{place}: expected {told}")
         pairs += [(path, "") for path in found]
-    remedy = "Give NIfTI files or folders; scans that would bear one name in separate runs."
-    return make_cases(pairs, problems, remedy)
+    remedy = (
+        "Give NIfTI files or folders; scans that would bear one name in separate runs, each with "
+    )
+    return make_cases([*dict.fromkeys(pairs)], problems, remedy + "its own --output-dir.")
 
 
 def explain(error):
@@ -1208,7 +1213,7 @@ def darken_background(image):
 def scale_intensity(image, percentiles):
     """Return the volume with these percentiles of the head's voxels taken to 0 and 1, clipped."""
     low, high = np.percentile(np.asarray(image)[head_mask(image)], percentiles)
-    return torch.clamp((image - low) / max(high - low, 1e-6), 0, 1)
+    return torch.clamp((image - low) / ((high - low) or 1), 0, 1)
 
 
 def build_transforms(cfg):
@@ -1883,14 +1888,6 @@ def for_inference(model, cfg):
     return OpenVINO(model.to(device), cfg) if compiled else model.to(device)
 
 
-def even_steps(shape, overlap, cfg):
-    """Return the distances (3,) of windows that overlap so much at least, all alike on an axis."""
-    sides = np.array(cfg.IMG_PATCH_SIZE)
-    beyond = np.maximum(np.subtract(shape, sides), 0)
-    gaps = np.ceil(beyond / ((1 - overlap) * sides))
-    return np.ceil(beyond / np.maximum(gaps, 1)).clip(1)
-
-
 @torch.inference_mode()
 def predict_logits(model, image, cfg, overlap, mirrored=()):
     """Return the logits (1, 1, H, W, D) float32 of a volume (1, H, W, D), both on the working grid.
@@ -1907,7 +1904,9 @@ def predict_logits(model, image, cfg, overlap, mirrored=()):
         large = 48 * image.numel() > torch.cuda.mem_get_info(device)[0] + idle
         place = torch.device("cpu") if large else device
 
-    sides, steps = np.array(cfg.IMG_PATCH_SIZE), even_steps(image.shape[1:], overlap, cfg)
+    sides = np.array(cfg.IMG_PATCH_SIZE)
+    beyond = np.maximum(np.subtract(image.shape[1:], sides), 0)
+    steps = np.ceil(beyond / np.ceil(beyond / ((1 - overlap) * sides)).clip(1)).clip(1)  # even
 
     def mirror(windows, places):
         numbers = np.ceil([[p[a + 2].start / steps[a] for a in range(3)] for p in places])
@@ -2047,10 +2046,12 @@ def restore_config(content, path, cfg, options):
     return restored
 
 
-def read_last(path, cfg, options):
+def read_last(run, cfg, options):
     """Return (content of `last.pth`, the Config of the run that goes on)."""
-    content = read_checkpoint(path, CHECKPOINT_KEYS + LAST_KEYS)
-    cfg = restore_config(content, path, cfg, options)
+    content = read_checkpoint(run.last, CHECKPOINT_KEYS + LAST_KEYS)
+    cfg = restore_config(content, run.last, cfg, options)
+    lost = [str(path) for path in (run.best, run.history) if not path.exists()]
+    require(not lost, f"cannot resume, files of the run are missing: {', '.join(lost)}")
     then, now = content["processes"], process_number("WORLD_SIZE")
     told = f"processes (torchrun --nproc_per_node): the run has {then:d}, now there are {now:d}"
     require(then == now, told)
@@ -2088,7 +2089,7 @@ def check_unchanged(split, content):
 def load_initial_weights(model, split, cfg):
     """Load the weights of INIT_FROM, if they never saw the scans to validate and test on."""
     content, now = read_checkpoint(cfg.INIT_FROM), asdict(cfg)
-    differ = list_differences(PUBLISHED | content["config"], now, names(Network))
+    differ = list_differences(settings_of(content["config"], {}), now, names(Network))
     told = f"{cfg.INIT_FROM}: expected a checkpoint of this run's network, it has another"
     require(not differ, f"{told} {', '.join(differ)}")
     load_weights(model, content, cfg.INIT_FROM)
@@ -2365,7 +2366,8 @@ def seconds_of_test(history, split, cfg):
     """Return how long the windows of the test will take, reckoned from the last validation's."""
     views = 2 ** len(FLIPS[cfg.FLIP_AXES]) if cfg.TTA_FLIPS == "full" else 1
     windows = views * ((1 - cfg.VAL_OVERLAP) / (1 - cfg.SW_OVERLAP)) ** 3
-    last = next((row["val_seconds"] for row in reversed(history) if row["val_loss"] is not None), 0)
+    validated = (row for row in reversed(history) if row["val_loss"] is not None)
+    last = next(validated).get("val_seconds", 0)  # earlier versions did not write it
     return last * windows * len(split["test"]) / len(split["val"])
 
 
@@ -2626,6 +2628,7 @@ def write_prediction(run, case, affine, pvs, prob, cfg):
     sessions, network = re.findall(r"_(ses-[^_]+)", case.name), NETWORKS[cfg.ARCHITECTURE][1]
     start = Path(run.predictions, case.subject, *sessions[:1], "anat", case.name)
     label = f"{start}_label-PVS_desc-{network}"
+    Path(f"{label}_probseg.nii.gz").unlink(missing_ok=True)  # of other weights
     if cfg.SAVE_PROBABILITIES:
         write_nifti(f"{label}_probseg.nii.gz", prob, case.image)
     write_nifti(f"{label}_mask.nii.gz", (numbered > 0).astype(np.uint8), case.image)
@@ -2805,14 +2808,12 @@ def draw_row(axes, section):
     axes[0].add_patch(plt.Rectangle((left, bottom), right - left, top - bottom, **frame))
     draw_panel(axes[0], section, section.image, section.title)
     draw_panel(axes[1], section, section.image, outlined, (1.2, 0.5))
-    if len(counts) == 2:
+    if len(section.pvs) == 2:
         true, pred = section.pvs.values()
         tails = not (true[section.kind == 1]).any()  # found in another section
-        own = zip(KINDS, (pred if tails else true, true, pred), strict=True)
-        of_kind = [
-            (name, pvs[(section.kind == n) & (pvs > 0)]) for n, (name, pvs) in enumerate(own, 1)
-        ]
-        told = ", ".join(f"{len(np.unique(pvs))} {name}" for name, pvs in of_kind)
+        own = pred if tails else true, true, pred
+        counts = [len(np.unique(p[(section.kind == n) & (p > 0)])) for n, p in enumerate(own, 1)]
+        told = ", ".join(map("{} {}".format, counts, KINDS))
         draw_panel(axes[2], section, paint(section), told)
     draw_panel(axes[-1], section, section.image, "magnified", (3, 1.5), window)
 
@@ -3020,9 +3021,7 @@ def describe_run(run, cfg, blocks):
             image = f'<img alt="{name}" src="{embed(picture.read_bytes())}">'
             parts += [f"<h2>{name}</h2>", image]
     if run.split.exists():
-        split = [
-            (part, len(names), " ".join(names)) for part, names in read_json(run.split).items()
-        ]
+        split = [(part, len(s), " ".join(s)) for part, s in read_json(run.split).items()]
         parts += ["<h2>Split</h2>", to_html(("part", "subjects", ""), split, "words")]
     edited = [(n, words(value), words(known)) for n, (value, known) in find_edited(cfg).items()]
     table = to_html(("setting", "value", "published"), edited, "words")
@@ -3246,10 +3245,10 @@ def read_done(run, cases, made, cfg):
         require(whole, f"{run.burden}: {told}. {remedy}")
         scan = scans.get(row["name"])
         files = [row["mask"].replace("_mask.nii", f"_{kind}.nii") for kind in kinds]
-        if scan and not all((run.logs / file).exists() for file in files):
-            continue
         if scan and hash_file(scan) != row["scan_sha256"]:
             problems.append(f"{scan}: expected the scan that {row['name']} was, {row['scan']}")
+        elif scan and not all((run.logs / file).exists() for file in files):
+            continue
         rows[row["name"]] = {key: row[key] for key in PREDICTED}
         rows[row["name"]] |= {key: json.loads(row[key]) for key in NUMBERS}
     raise_problems(problems, remedy)
@@ -3332,13 +3331,15 @@ def log_plan(run, cfg, model, scans, contents=()):
 
 
 def keep_prepared(split, prepared, cfg):
-    """Return the split with prepared cases; those without PVS are no training cases, but tested."""
+    """Return the split with prepared cases; those without PVS are only tested."""
     ready = {case.name: case for case in prepared}
     split = {part: [ready[case.name] for case in cases] for part, cases in split.items()}
-    for case in [case for case in split["train"] if not case.working_voxels]:
-        split["train"].remove(case)
-        told = "Warning: not trained with, no PVS on the working grid (%d on its own): %s"
-        log.warning(told, case.native_voxels, case.label)
+    # In validation an empty network would find such a scan right; one that lost its PVS counts 0.
+    for part, count in (("train", "working_voxels"), ("val", "native_voxels")):
+        for case in [case for case in split[part] if not getattr(case, count)]:
+            split[part].remove(case)
+            told = "Warning: left out of %s, no PVS on the working grid (%d on its own): %s"
+            log.warning(told, part, case.native_voxels, case.label)
     bare = [part for part in ("train", "val") if not any(c.working_voxels for c in split[part])]
     told = "expected masks with PVS on the working grid, none is left in " + ", ".join(bare)
     require(not bare, f"{cfg.DATA_DIR}: {told}. Choose other subjects with --split or --seed.")
@@ -3349,7 +3350,7 @@ def set_up_training(cfg, options):
     """Do all that comes before training; return the work that is left, a function."""
     run, last = Run(cfg.OUTPUT_DIR), None
     if options.resume:
-        last, cfg = read_last(run.last, cfg, options)
+        last, cfg = read_last(run, cfg, options)
     replaced = [] if last else map(os.path.realpath, run.results())
     told = f"{cfg.INIT_FROM}: INIT_FROM, which this run would replace; choose another --output-dir"
     require(os.path.realpath(cfg.INIT_FROM) not in replaced, told)
@@ -3405,6 +3406,8 @@ def train(run, model, split, cfg, last):
     wait_for_all()  # the first has written the weights
     content = read_checkpoint(run.best)
     load_weights(model, content, run.best)
+    if first_process() and content["config"] != asdict(cfg):  # --resume with another decision
+        write_torch(run.best, content | {"config": asdict(cfg)})
     told = "Best validation Dice %(val_dice).4f on the working grid, in epoch %(epoch)d"
     log.info(told, content["history_row"])
     known = [row for row in read_json(run.history) if "val_seconds" in row]
@@ -3462,7 +3465,8 @@ def evaluate(run, model, cases, contents, cfg):
         title = f"Test on {len(rows)} scans, {data_set_name(cfg)}"
         write_report(run, cfg, title, TESTED, rows, small, blocks)
         log_scores(f"Test scores of {len(rows)} scans, {data_set_name(cfg)}", rows, blocks, cfg)
-        if run.folder.name == f"fold-{cfg.FOLD}" and run.best.exists():  # no external test
+        own = cfg.FOLD and run.folder.name == f"fold-{cfg.FOLD}" and run.best.exists()
+        if own:  # no external test
             pool_folds(run, cfg)
         log.info("\nScores and figures are in %s", run.folder.resolve())
     return 0
@@ -3483,15 +3487,22 @@ def restore_configs(contents, cfg, options):
     return Config(**first | means)
 
 
-def choose_test_cases(cases, contents):
-    """Return the cases that no checkpoint was trained or chosen with, by voxels; log the others."""
+def choose_test_cases(cases, contents, own):
+    """Return the cases that no checkpoint was trained or chosen with, by voxels; log the others.
+
+    `own`: those that the run has tested, no others; a ValueError names what is gone or changed.
+    """
+    known = contents[0][1]["sha256"].get("test", {}) if own else {}
+    lost = sorted(known.items() - {(case.name, case.sha256) for case in cases})
+    told = ", ".join(name for name, _ in lost) + ": gone or changed since the run tested them; "
+    require(not lost, f"{told}name the weights with --checkpoint and choose another --output-dir")
     used = seen_hashes([content for _, content in contents], "train", "val")
     left_out = [case.name for case in cases if case.sha256 in used]
     told = "the checkpoint was trained or chosen with every scan, none is left to test on"
     require(len(left_out) < len(cases), f"DATA_DIR: {told}; expected others")
     if left_out:
         log.info("Not tested on   %s: trained or chosen with", " ".join(left_out))
-    return [case for case in cases if case.sha256 not in used]
+    return [c for c in cases if c.sha256 not in used and (c.name in known or not own)]
 
 
 def set_up_trained(cfg, options):
@@ -3517,18 +3528,18 @@ def set_up_trained(cfg, options):
     run.open(command.split("-")[0], anew or own or goes_on, anew)
     wait_for_all()
     done = read_done(run, cases, describe_prediction(contents, cfg), cfg) if goes_on else {}
-    if anew:
-        run.clear()
     log_settings(cfg, options, f"{command}, checkpoint {', '.join(map(str, paths))}")
     models = nn.ModuleList(for_inference(model, cfg) for model in models)
+    if not options.predict:
+        log.info("Data            %s", data_set_name(cfg))
+        cases = choose_test_cases(prepare_cases(cases, cfg), contents, own)
+    if anew:  # when all is checked
+        run.clear()
+    log_plan(
+        run, cfg, models, f"{len(cases)} to {'segment' if options.predict else 'test'}", contents
+    )
     if options.predict:
-        log_plan(run, cfg, models, f"{len(cases)} to segment", contents)
         return functools.partial(predict_scans, run, models, cases, contents, done, cfg)
-    log.info("Data            %s", data_set_name(cfg))
-    cases = choose_test_cases(prepare_cases(cases, cfg), contents)
-    if own:  # no others than the run has tested
-        cases = [case for case in cases if case.name in contents[0][1]["sha256"]["test"]]
-    log_plan(run, cfg, models, f"{len(cases)} to test", contents)
     return functools.partial(evaluate, run, models, cases, contents, cfg)
 
 

@@ -3,9 +3,8 @@
     python tests/kill_and_resume.py --kills 200
     python tests/kill_and_resume.py --kills 5 --predict 200
 
-The second command kills and repeats one --predict of 200 scans. The script is imported once; every
-run is a fork of that process, so that it starts at once. A run is killed (SIGKILL) after a random
-time, or as a file that it writes is flushed or renamed.
+The second command kills and repeats one --predict of 200 scans. Every run is a fork, so that it
+starts at once; it is killed (SIGKILL) after a random time, or as it flushes or renames a file.
 """
 
 import argparse
@@ -29,6 +28,7 @@ from running import live, train_pvs
 
 FLAGS = ("--epochs", 4, "--val-every", 2, "--lr", 5e-3, "--test-fraction", 0.5, "--no-amp")
 FLAGS += ("--augmentation", "native", "--flip-axes", "xyz", "--tta-flips", "windows")
+FLAGS += ("--lr-schedule", "poly")
 
 
 def digest(content):
@@ -94,12 +94,11 @@ def run_to_the_end(argv, out, rng, duration, kills):
     """Run and resume until the run ends, killed at random up to `kills` times; count how."""
     survived = Counter()
     while True:
-        begun = (out / "checkpoints" / "last.pth").exists()
         left = kills - survived.total()
         in_write = rng.random() < 0.5
         kill_at = rng.randint(1, 40) if left and in_write else 0
-        flags = ["--resume"] if begun else ["--overwrite"]
-        child = start([*argv, *flags], out.with_suffix(".log"), kill_at)
+        way = "--resume" if (out / "checkpoints" / "last.pth").exists() else "--overwrite"
+        child = start([*argv, way], out.with_suffix(".log"), kill_at)
         if left and not in_write:
             time.sleep(rng.uniform(0, duration))
             child.kill()
@@ -152,7 +151,6 @@ def main(argv=None):
         if options.predict:
             return predict_to_the_end(folder, options.predict, options.kills, rng)
         flags = ["--data-dir", str(make_subjects(folder / "data", 4)), *TINY, *map(str, FLAGS)]
-        flags += ["--lr-schedule", "poly"]
         begin = time.perf_counter()
         run_to_the_end([*flags, "--output-dir", str(folder / "0")], folder / "0", rng, 0, 0)
         duration, expected = time.perf_counter() - begin, outcome(folder / "0")

@@ -277,7 +277,7 @@ def test_killed_prediction_goes_on_and_new_scans_add_rows(finished, predict, tmp
     # A scan that has become another one, and other settings, are told; nothing is lost.
     whole = table.read_text()
     save_nifti(folder / names[0], volumes_of(finished.data, 5)[0])
-    refused(predict(folder), folder / names[0], "expected the scan that sub-M2208 was")
+    refused(predict(folder, "--save-probabilities"), folder / names[0], "scan that sub-M2208 was")
     refused(predict(folder, "--threshold", 0.4), "by other weights or settings", "--overwrite")
     assert table.read_text() == whole
     others = [folder / name for name in names[1:]]
