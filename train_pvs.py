@@ -2050,8 +2050,6 @@ def read_last(run, cfg, options):
     """Return (content of `last.pth`, the Config of the run that goes on)."""
     content = read_checkpoint(run.last, CHECKPOINT_KEYS + LAST_KEYS)
     cfg = restore_config(content, run.last, cfg, options)
-    lost = [str(path) for path in (run.best, run.history) if not path.exists()]
-    require(not lost, f"cannot resume, files of the run are missing: {', '.join(lost)}")
     then, now = content["processes"], process_number("WORLD_SIZE")
     told = f"processes (torchrun --nproc_per_node): the run has {then:d}, now there are {now:d}"
     require(then == now, told)
@@ -2076,9 +2074,10 @@ def split_as_before(cases, content):
     return {part: [case for case in cases if case.name in chosen] for part, chosen in parts.items()}
 
 
-def check_unchanged(split, content):
-    """Raise a ValueError that names scans and masks with other voxels than the run began with."""
-    problems = ["cannot resume:"]
+def check_unchanged(run, split, content):
+    """Raise a ValueError that names missing files, scans and masks that were others before."""
+    lost = [path for path in (run.best, run.history) if not path.exists()]
+    problems = ["cannot resume:", *(f"{path}: missing, a run needs it to go on" for path in lost)]
     for key, kind in (("sha256", "scan"), ("label_sha256", "mask")):
         for part, cases in split.items():
             changed = [c.name for c in cases if getattr(c, key) != content[key][part][c.name]]
@@ -3374,7 +3373,7 @@ def set_up_training(cfg, options):
         cfg = replace(cfg, PIX_DIM=own_spacing(cases if cfg.FOLDS else split["train"]))
     split = keep_prepared(split, prepare_cases(cases, cfg), cfg)
     if last:
-        check_unchanged(split, last)
+        check_unchanged(run, split, last)
         log.info("Resumed         after epoch %d", len(last["progress"]["history"]))
     elif cfg.INIT_FROM:
         load_initial_weights(model, split, cfg)

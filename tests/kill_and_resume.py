@@ -28,7 +28,6 @@ from running import live, train_pvs
 
 FLAGS = ("--epochs", 4, "--val-every", 2, "--lr", 5e-3, "--test-fraction", 0.5, "--no-amp")
 FLAGS += ("--augmentation", "native", "--flip-axes", "xyz", "--tta-flips", "windows")
-FLAGS += ("--lr-schedule", "poly")
 
 
 def digest(content):
@@ -151,6 +150,7 @@ def main(argv=None):
         if options.predict:
             return predict_to_the_end(folder, options.predict, options.kills, rng)
         flags = ["--data-dir", str(make_subjects(folder / "data", 4)), *TINY, *map(str, FLAGS)]
+        flags += ["--lr-schedule", "poly"]
         begin = time.perf_counter()
         run_to_the_end([*flags, "--output-dir", str(folder / "0")], folder / "0", rng, 0, 0)
         duration, expected = time.perf_counter() - begin, outcome(folder / "0")
