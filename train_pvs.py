@@ -727,7 +727,7 @@ class Run:
         return self.folder / "multi_plane" / f"{case.name}.png"
 
     def open(self, name, replaceable, anew=False):
-        """Lock the folder and keep the messages in `logs/<name>.log`; `anew`: in an empty one."""
+        """Lock the folder, keep messages in logs/NAME.log; `anew`: `clear` drops former ones."""
         if not first_process():
             return
         told = f"{self.folder}: there are results in the output folder already.\nTake another with "
@@ -919,10 +919,9 @@ def find_scans(places, cfg):
         elif not found:
             problems.append(f"{place}: expected {told}")
         pairs += [(path, "") for path in found]
-    remedy = (
-        "Give NIfTI files or folders; scans that would bear one name in separate runs, each with "
-    )
-    return make_cases([*dict.fromkeys(pairs)], problems, remedy + "its own --output-dir.")
+    remedy = "Give NIfTI files or folders; scans that would bear one name in separate runs, each "
+    remedy += "with its own --output-dir."
+    return make_cases([*dict.fromkeys(pairs)], problems, remedy)
 
 
 def explain(error):
@@ -2741,7 +2740,7 @@ def cut_sections(image, affine, pvs, entry):
         place = first + shape // 2
         place[axis] = first[axis] + index
         mm = nib.affines.apply_affine(affine, place)[axis]
-        title = f"{plane} {place[axis] + 1} of {whole[axis]}, {'xyz'[axis]} = {mm:.0f} mm"
+        title = f"{plane} {place[axis] + 1} of {whole[axis]}, {'xyz'[axis]} = {round(mm)} mm"
         cut = {n: np.flip(np.take(v, index, axis), 0).T.copy() for n, v in volumes.items()}
         shown = cut.pop("image"), {name: cut[name] for name in pvs}, cut["kind"]
         sections.append(Section(title, sides, np.delete(spacing, axis), *shown))
@@ -3534,9 +3533,8 @@ def set_up_trained(cfg, options):
         cases = choose_test_cases(prepare_cases(cases, cfg), contents, own)
     if anew:  # when all is checked
         run.clear()
-    log_plan(
-        run, cfg, models, f"{len(cases)} to {'segment' if options.predict else 'test'}", contents
-    )
+    scans = f"{len(cases)} to {'segment' if options.predict else 'test'}"
+    log_plan(run, cfg, models, scans, contents)
     if options.predict:
         return functools.partial(predict_scans, run, models, cases, contents, done, cfg)
     return functools.partial(evaluate, run, models, cases, contents, cfg)
