@@ -22,6 +22,7 @@ import argparse
 import base64
 import csv
 import difflib
+import errno
 import fcntl
 import functools
 import glob
@@ -78,7 +79,7 @@ class Data(Settings):
     """Where the data are; they may be elsewhere when a run goes on or a network is used."""
 
     DATA_DIR: str = "/home/ubuntu/FMRI_Perivascular_Space_Dataset/ds005595-1.0.0"  # BIDS folder
-    IMAGE_GLOB: str = "sub-*/**/anat/*_T2w.nii*"  # scans in DATA_DIR; ** also finds ses-* folders
+    IMAGE_GLOB: str = "sub-*/**/anat/*_T2w.nii*"  # scans, names with sub-; ** finds ses-* too
     LABEL_GLOB: str = "derivatives/mask/sub-*/**/sub-*_desc-mask_PVS.nii*"  # masks, PVS where > 0
 
 
@@ -134,8 +135,8 @@ class Training(Settings):
     ACCUMULATE_STEPS: int = 1  # batches averaged into one optimizer step, for smaller GPUs
     AUGMENTATION: str = "published"  # published, or native: whole patches, with blur and bias
     FLIP_AXES: str = "none"  # mirrored at random: none, or of x (left-right), y, z: xyz is all
-    LR: float = 1e-3  # AdamW's learning rate
-    LR_SCHEDULE: str = "plateau"  # plateau, or poly: falls to 0 over EPOCHS or MAX_MINUTES
+    LR: float = 1e-3  # the optimizer's learning rate
+    LR_SCHEDULE: str = "plateau"  # plateau, or poly: 30 steps up, then to 0 over the Length
     WEIGHT_DECAY: float = 1e-5  # AdamW's
     GRAD_CLIP: float = 1.0  # largest norm of the gradient
     LR_FACTOR: float = 0.5  # plateau: ReduceLROnPlateau on the validation loss
@@ -150,7 +151,7 @@ class Length(Settings):
     """How long to train; --resume may raise it, under poly with --stretch."""
 
     EPOCHS: int = 1000  # at most
-    MAX_MINUTES: float = 0.0  # of training; the epoch that ends nearest is the last; 0: no limit
+    MAX_MINUTES: float = 0.0  # with validation; the epoch that ends nearest is the last; 0: none
 
 
 class Decision(Settings):
@@ -194,7 +195,7 @@ PUBLISHED = {
     **{"DEVICE": "auto", "ENGINE": "torch", "AMP": True, "SW_BATCH_SIZE": 4},
 }
 
-RECIPES = {  # named sets of flags, chosen with --recipe; one of your own is one more line
+RECIPES = {  # named sets of flags, chosen with --recipe; yours may begin with the one it changes
     "published": "",
     # Thin PVS: the scans' own grid, and a network that sees it.
     "native": "--pix-dim 0 --spacing-tolerance 0.3 --head-depth 170 --architecture dynunet "
@@ -312,11 +313,12 @@ def convert(value, kind):
 def convert_all(settings, problems):
     """Return settings in their published types; `problems`, {field: sentence}, gets the others."""
     converted, told = {}, {bool: "True or False", int: "a whole number", float: "a number"}
+    kinds = {field.name: field.type for field in fields(Config) if field.type in told}
     for name in filter(str.isupper, settings):  # the others are commands
         model = PUBLISHED.get(name, getattr(Config, name, None))
         several = isinstance(model, tuple)
         models = model if several else (model,)
-        kind = type(models[0]) if models else str
+        kind = kinds.get(name) or (type(models[0]) if models else str)
         values = np.array(settings[name], object)
         try:  # one number for a triple is meant for all three
             values = tuple(convert(value, kind) for value in np.broadcast_to(values, len(models)))
@@ -386,6 +388,15 @@ def process_number(name):
     return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
 
 
+def read_recipe(name, parser):
+    """Return the settings of a recipe, which may begin with the --recipe that it changes."""
+    line = re.sub(r"--recipe (\w+)", lambda found: RECIPES.get(found[1], found[0]), RECIPES[name])
+    settings = parser.parse_args(line.split())
+    others = [flag for flag, value in vars(settings).items() if value and flag.islower()]
+    require(not others, f"RECIPES: {name}: expected settings, got {', '.join(others)}")
+    return settings
+
+
 def parse_command_line(argv):
     """Return (Config, options); a flag wins over the recipe, the recipe over Config in this file.
 
@@ -398,7 +409,7 @@ def parse_command_line(argv):
     options.every_fold = vars(options).get("FOLD") == "all"
     if options.every_fold:
         options.FOLD = "1"
-    sources = (Config(), parser.parse_args(RECIPES[options.recipe].split()), options)
+    sources = (Config(), read_recipe(options.recipe, parser), options)
     in_file, of_recipe, given = (convert_all(vars(source), problems) for source in sources)
     edited = {name: value for name, value in in_file.items() if value != PUBLISHED.get(name, value)}
     options.given, options.of_recipe, options.edited = given, of_recipe, edited
@@ -411,8 +422,9 @@ def parse_command_line(argv):
         given.setdefault("OUTPUT_DIR", "outputs_3d_demo")
         given["DATA_DIR"] = str(Path(given["OUTPUT_DIR"], "data"))
     for source in (in_file, edited, of_recipe, given):
-        if source.get("DATA_DIR", "").strip():  # the same from any folder
-            source["DATA_DIR"] = os.path.abspath(source["DATA_DIR"])
+        for name in ("DATA_DIR", "CACHE_DIR"):
+            if source.get(name, "").strip():  # the same from any folder
+                source[name] = os.path.abspath(source[name])
     cfg = replace(Config(**PUBLISHED), **in_file | of_recipe | given)
     if options.every_fold and (trained or cfg.FOLDS < 2):
         problems["FOLD"] = "--fold all: expected --folds as well, and a training"
@@ -440,6 +452,7 @@ if __name__ == "__main__" and process_number("WORLD_SIZE") == 1:
 
 with warnings.catch_warnings():  # timm 0.9.7 imports what is deprecated
     warnings.simplefilter("ignore")
+    os.environ["MPLBACKEND"] = "Agg"  # figures go to files; a notebook's own is not found here
     import matplotlib.pyplot as plt
     import nibabel as nib
     import segmentation_models_pytorch_3d as smp
@@ -464,7 +477,7 @@ with warnings.catch_warnings():  # timm 0.9.7 imports what is deprecated
     from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
     from tqdm import tqdm
 
-plt.switch_backend("Agg")  # figures go to files; no screen is needed
+plt.rcdefaults()  # not a user's own, such as text.usetex
 plt.rcParams["text.parse_math"] = False  # a name may hold a $
 nib.imageglobals.logger.setLevel(logging.CRITICAL)  # its remarks name no file
 # Letters that the font lacks; headers, which are checked here; MONAI's own call; one copy.
@@ -672,18 +685,33 @@ def write_tsv(path, columns, rows):
     write_file(path, "".join("\t".join(line) + "\n" for line in [columns, *lines]))
 
 
+def read_participants(folder):
+    """Return {(subject, session or ""): row} of a participants.tsv; of several rows of one none."""
+    path, rows = Path(folder) / "participants.tsv", []
+    how = {"newline": "", "encoding": "utf-8-sig", "errors": "replace"}
+    with suppress(OSError, csv.Error), open(path, **how) as file:  # it stops no run
+        rows = [*csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+    ids = [(row.get("participant_id") or "", row.get("session_id") or "") for row in rows]
+    ids = [(name.removeprefix("sub-"), session.removeprefix("ses-")) for name, session in ids]
+    ids = [(f"sub-{re.sub(r'[^a-zA-Z0-9]', '', name)}", session) for name, session in ids]
+    return {key: row for key, row in zip(ids, rows, strict=True) if ids.count(key) == 1}
+
+
 def join_participants(rows, folders):
     """Return rows with what the participants.tsv of their data set tells of their subjects."""
-    known, how = {}, {"newline": "", "encoding": "utf-8-sig", "errors": "replace"}
-    for folder in dict.fromkeys(folders):
-        path = Path(folder) / "participants.tsv"
-        with suppress(OSError, csv.Error), open(path, **how) as file:  # it stops no run
-            table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            known |= {(folder, row.get("participant_id")): row for row in table}
-    names = list(dict.fromkeys(itertools.chain(*known.values())))
-    pairs = zip(folders, rows, strict=True)
-    pairs = [(row, known.get((folder, row["participant_id"]), {})) for folder, row in pairs]
-    return [row | {n: own.get(n) for n in names if n and n not in row} for row, own in pairs]
+    known = {folder: read_participants(folder) for folder in dict.fromkeys(folders)}
+    names = dict.fromkeys(n for table in known.values() for own in table.values() for n in own)
+    joined, alone = [], {}
+    for folder, row in zip(folders, rows, strict=True):
+        subject, session = row["participant_id"], bids_entities(row["name"]).get("ses", "")
+        own = known[folder].get((subject, session)) or known[folder].get((subject, "")) or {}
+        joined.append(row | {n: own.get(n) for n in names if n and n not in row})
+        path = Path(folder, "participants.tsv")
+        if not own and path.exists():
+            alone.setdefault(path, []).append(row["name"])
+    for path, missing in alone.items():
+        log.warning("Warning: %s: no row, or several, for %s", path, " ".join(missing))
+    return joined
 
 
 def write_torch(path, content):
@@ -701,6 +729,16 @@ FILES = {  # of a run, in the order in which --overwrite gives them up
     **{"overview": "test_set_visualization_grid_300dpi.jpg", "agreement": "agreement.jpg"},
     "report": "report.html",
 }
+
+
+def lock_file(file):
+    """Lock a file, which workers do not inherit; a BlockingIOError if another run has it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        log.warning("Warning: %s cannot be locked; start no second run in this folder", file.name)
 
 
 class Run:
@@ -737,7 +775,7 @@ class Run:
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.logs / ".lock", "a")  # noqa: SIM115, held as long as the run
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
+            lock_file(self.lock)
             self.log, text = self.logs / f"{name}.log", {"encoding": "utf-8", "errors": "replace"}
             self.former = self.log.stat().st_size if anew and self.log.exists() else 0
             log.addHandler(logging.FileHandler(self.log, "a", **text))
@@ -774,6 +812,8 @@ class Screen(logging.Handler):
 @contextmanager
 def logging_to_screen():
     """Show messages of the first process, and all errors; `Run.open` adds a file."""
+    nowhere = open(os.devnull, "w")  # noqa: SIM115, in place of what the caller has closed
+    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # of a notebook, which prints all letters
             stream.reconfigure(errors="backslashreplace")  # of letters that it lacks
@@ -822,6 +862,8 @@ READ_ERRORS = (  # of nibabel, gzip and torch.load on damaged files
     *(RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, nib.wrapstruct.WrapStructError),
     *(nib.spatialimages.HeaderDataError, nib.filebasedimages.ImageFileError, zlib.error),
 )
+# Some programs round a qform's quaternion to 6 digits. ITK takes it, nibabel by itself does not.
+nib.Nifti1Header.quaternion_threshold = nib.Nifti2Header.quaternion_threshold = -1e-5
 
 
 @dataclass
@@ -884,7 +926,9 @@ def find_cases(cfg):
     entities = {path: bids_entities(path).items() for path in scans + masks}
     bare = [path for path, found in entities.items() if "sub" not in dict(found)]
     raise_problems([f"{path}: expected a name with sub-" for path in bare], RENAME)
-    # A mask fits a scan whose name holds all entities of the mask, `desc` and `label` apart.
+    for mask in masks:  # that it is on a scan's grid is looked at
+        entities[mask] = {pair for pair in entities[mask] if pair[0] not in ("space", "res")}
+    # A mask fits a scan whose name holds all entities of the mask that are left.
     pairs = [(s, m) for s in scans for m in masks if entities[m] <= entities[s]]
     groups = [("scan for this mask", m, [s for s, mask in pairs if mask == m]) for m in masks]
     groups += [("mask for this scan", s, [m for scan, m in pairs if scan == s]) for s in scans]
@@ -909,8 +953,11 @@ def find_scans(places, cfg):
     for place in map(os.path.abspath, places):
         is_scan = place.endswith(NIFTI) and os.path.isfile(place)
         found = [place] if is_scan else find_files(place, cfg.IMAGE_GLOB)
-        anywhere = f"**/{Path(cfg.IMAGE_GLOB).name}"  # of a subject or a session
-        found = found or find_files(place, "*") or find_files(place, anywhere)
+        folder, name = Path(cfg.IMAGE_GLOB).parent.name, Path(cfg.IMAGE_GLOB).name
+        # Of a subject or session, of its folder anat, of a folder without an order.
+        own = name if os.path.basename(place) == folder else os.path.join("**", folder, name)
+        for pattern in (own, "*", f"**/{name}"):
+            found = found or find_files(place, pattern)
         told = f"a NIfTI file, a folder of them, or one with scans {cfg.IMAGE_GLOB} (--image-glob)"
         if os.path.realpath(place) == os.path.realpath(cfg.OUTPUT_DIR):
             found, told = [], "another folder than OUTPUT_DIR"
@@ -1020,6 +1067,9 @@ def read_scan(path):
     sides, pixdim = nib.affines.voxel_sizes(image.affine.numpy()), header.get_zooms()[:3]
     told = f"its pixdim says {spacing_words(pixdim)} a voxel, its affine {spacing_words(sides)}"
     cautions = [] if np.allclose(sides, pixdim, rtol=0.01) else [f"{told}, which is used"]
+    dark, bright = np.percentile(volume[::2, ::2, ::2], (1, 99))
+    if low >= 0 and dark > 0.2 * bright and (volume <= dark).mean() < 0.1:
+        cautions.append("it seems to hold no air: its darker tissue may be taken for air")
     if "centred grid" in readings(header):
         cautions.append("its qform and sform code are 0: left and right are unknown")
     return image, [f"{path}: {caution}" for caution in cautions]
@@ -1079,7 +1129,8 @@ def check_mask(case, label, entry):
     inside = np.all((places >= 0) & (places < head.shape), axis=1)
     hits, lost = tuple(places[inside].T), int((~inside).sum())
     good = head[hits].any() or ndimage.binary_fill_holes(head)[hits].any() or not len(voxels)
-    require(good, f"{case.label}: expected PVS in the head, all {len(voxels)} voxels lie outside")
+    told = f"all {len(voxels)} voxels lie outside; told by brightness, it fills {head.mean():.0%}"
+    require(good, f"{case.label}: expected PVS in the head, {told} of its box")
     percent = 100 * int(entry["label"].sum()) / head.sum()
     outside = f"{lost} of {len(voxels)} voxels lie outside the head and are left out"
     large = f"{percent:.1f} % of the head is PVS, expected less than 5"
@@ -1119,7 +1170,7 @@ def own_spacing(cases):
 
 
 def split_cases(cases, cfg):
-    """Divide the cases by subject into {"train": cases, ..}; those of ds005595 as published."""
+    """Divide the cases by subject into {"train": cases, ..}; ds005595 as published by default."""
     subjects, seed = sorted({case.subject for case in cases}), {"random_state": cfg.SEED}
     if cfg.SPLIT:
         split = read_split(cfg.SPLIT, subjects)
@@ -1165,18 +1216,19 @@ LARGEST_BRAIN = 2500  # ml; a head is larger
 
 
 def head_mask(image):
-    """Return where the head is in a volume (1, H, W, D), bool; everywhere if nothing stands out."""
+    """Return where the head is in a volume (1, H, W, D), bool: what is bright, beside air."""
     volume = np.asarray(image)[0]
     dark, bright = np.percentile(volume[::2, ::2, ::2], (1, 99))
     # Air is Rician noise above zero; opening removes its specks.
     tissue = ndimage.binary_opening(volume > dark + 0.15 * (bright - dark))
     components, count = ndimage.label(tissue)
-    largest = 1 + np.argmax(np.bincount(components.ravel())[1:]) if count else 0
-    return (components == largest)[None]
+    sizes = np.bincount(components.ravel())[1:]
+    large = sizes >= sizes.max(initial=0) / 10  # a lost slice parts a head
+    return np.append(not count, large)[components][None]  # all where nothing stands out
 
 
 def keep_head(image, depth):
-    """Return `head_mask`, without what lies over `depth` mm below the head's top; 0: all of it."""
+    """Return `head_mask`, without what is over `depth` mm below the head's top; 0: all of it."""
     head = head_mask(image)
     areas = head[0].sum((0, 1))
     end = 1 + np.flatnonzero(areas >= areas.max() / 10)[-1]  # an ear or a coil is no top
@@ -1200,9 +1252,11 @@ def darken_background(image):
     parts, _ = ndimage.label(np.abs(volume - value) <= 1e-6 * np.ptp(volume))
     outside = (np.bincount(parts.ravel()) > 26)[parts] & (parts > 0)  # brain may have a few
     low, high = np.percentile(volume[~outside], (0.5, 99.5))
-    touching = [np.take(~outside, side, axis).mean() for axis in range(3) for side in (0, -1)]
-    small = volume_ml(~outside, image.affine.numpy()) < LARGEST_BRAIN
-    stripped = bool(small and max(touching) < 0.03)  # necks and slabs end at a face
+    rest = ~outside
+    box = rest[ndimage.find_objects(rest.astype(np.int8))[0]]
+    flat = max(np.take(box, side, axis).mean() for axis in range(3) for side in (0, -1))
+    small = volume_ml(rest, image.affine.numpy()) < LARGEST_BRAIN
+    stripped = bool(small and flat < 0.3)  # necks and slabs end flat, a brain with 0.1 at most
     if high > low and (stripped or value > low + 0.15 * (high - low)):
         image = image.clone()
         image[:, outside] = low - (0.2 * (high - low) if stripped else 0)
@@ -1521,6 +1575,7 @@ class TrainingPatches(Dataset):
                 item[key] = torch.from_numpy(np.ravel_multi_index(tuple(places), padded))
         seed = np.random.SeedSequence([self.cfg.SEED, epoch, number]).generate_state(1)[0]
         self.transforms.set_random_state(seed=int(seed))
+        np.random.seed(seed)  # for functions of your own
         with naming(self.cases[number].image):
             return self.transforms(item | {"name": self.cases[number].name})
 
@@ -1958,8 +2013,8 @@ def decide(prob, affine, cfg):
     pred = prob > cfg.THRESHOLD
     if cfg.SMALLEST_PVS:
         components, _ = ndimage.label(pred, TOUCHING)
-        voxel_mm3 = float(f"{1000 * volume_ml(np.ones(1), affine):.4g}")  # 1 and not 0.9999999
-        pred &= (np.bincount(components.ravel()) * voxel_mm3 >= cfg.SMALLEST_PVS)[components]
+        mm3 = np.bincount(components.ravel()) * abs(np.linalg.det(affine[:3, :3]))
+        pred &= (mm3 >= cfg.SMALLEST_PVS * (1 - 1e-4))[components]  # which may be rounded
     return pred
 
 
@@ -2011,7 +2066,7 @@ def list_differences(one, two, compared):
 
 
 def settings_of(saved, problems):
-    """Return the settings that a file holds; those that it lacks are as they were before it."""
+    """Return the settings that a file holds; those that it lacks are as published."""
     settings = asdict(Config(**PUBLISHED))
     settings["VAL_OVERLAP"] = saved.get("SW_OVERLAP", Config.VAL_OVERLAP)
     if isinstance(saved.get("TTA_FLIPS"), bool):
@@ -2092,10 +2147,21 @@ def load_initial_weights(model, split, cfg):
     require(not differ, f"{told} {', '.join(differ)}")
     load_weights(model, content, cfg.INIT_FROM)
     used = seen_hashes([content], "train", "val")
-    seen = [c.image for part in ("val", "test") for c in split[part] if c.sha256 in used]
+    new = split["val"] + split["test"]
     told = f"for validation or test, but {cfg.INIT_FROM} was trained or chosen with it"
     remedy = "Choose other subjects with --split, or draw them with another --seed."
-    raise_problems([f"{image}: {told}" for image in seen], remedy)
+    raise_problems([f"{c.image}: {told}" for c in new if c.sha256 in used], remedy)
+    warn_of_subjects(new, [content], cfg)
+
+
+def warn_of_subjects(cases, contents, cfg):
+    """Warn of scans to test on whose subject was trained or chosen with, by other scans."""
+    alike = [c for c in contents if c.get("trained_on", {}).get("data_set") == data_set_name(cfg)]
+    scans = [c["sha256"].get(part, {}) for c in alike for part in ("train", "val")]
+    seen = {name.split("_")[0] for name in itertools.chain(*scans)}
+    again = " ".join(case.name for case in cases if case.subject in seen)
+    if again:
+        log.warning("Warning: tested, but other scans of these subjects trained: %s", again)
 
 
 def seen_hashes(contents, *parts):
@@ -2107,7 +2173,7 @@ def seen_hashes(contents, *parts):
 # ---------------------------------------------------------------------------------------- Training
 
 
-WARM_UP = 30  # steps in which the poly schedule rises to LR
+WARM_UP = 30  # steps in which the poly schedule is ramped up
 
 
 class TrainState:
@@ -2232,7 +2298,7 @@ def fit(run, model, cfg, split, last=None):
         unused = {"find_unused_parameters": cfg.ARCHITECTURE != "dynunet"}
         parallel = nn.parallel.DistributedDataParallel(model, own, **unused)
     progress, former_best, writing = state.progress, last and last["former_best"], None
-    history, ended = progress["history"], stops_early(progress, cfg)
+    history, ended = progress["history"], is_over(progress, cfg)
     if former_best and first_process():  # its validation was out of turn
         write_torch(run.best, {key: last[key] for key in former_best} if ended else former_best)
     board = nullcontext() if ended else open_tensorboard(run, history)
@@ -2249,7 +2315,7 @@ def fit(run, model, cfg, split, last=None):
             if first_process():
                 writing = writer.submit(save_epoch(run, state, split, improved, in_turn))
             log_epoch(history, improved, split, cfg)
-            ended = stops_early(progress, cfg)
+            ended = is_over(progress, cfg)
             if row["epoch"] == 50 and progress["best_dice"] == 0 and not improved:
                 log.warning("Warning: validation Dice is still 0; going on. %s", advice(cfg))
         if writing:
@@ -2257,14 +2323,14 @@ def fit(run, model, cfg, split, last=None):
 
 
 def planned_progress(history, cfg, more=0):
-    """Return which part of EPOCHS or MAX_MINUTES is done after these epochs and `more` of them."""
+    """Return the fraction of EPOCHS or MAX_MINUTES done after these epochs and `more` others."""
     seconds = float(np.mean([row["seconds"] for row in history] or [0]))
     share = max(1 / cfg.EPOCHS, seconds / (60 * cfg.MAX_MINUTES or math.inf))  # of an epoch
     done = share * (len(history) + more)
     return done if done + share / 2 < 1 else 1.0  # by the clock the nearest epoch is the last
 
 
-def stops_early(progress, cfg):
+def is_over(progress, cfg):
     """Return whether EPOCHS, EARLY_STOPPING or MAX_MINUTES ends it; print which of the last two."""
     waited, late = progress["waited"], planned_progress(progress["history"], cfg) == 1
     # With 0.1 % foreground the Dice can stay at 0 for long.
@@ -2392,7 +2458,7 @@ def advice(cfg):
     tries = "" if cfg.HEAD_BIAS_LOG_ODDS or cfg.INIT_FROM else "--head-bias-log-odds, "
     if cfg.ARCHITECTURE == "unetplusplus" and cfg.BATCHNORM_MOMENTUM < 0.1:
         tries += "--batchnorm-momentum 0.1, "
-    return f"See whether the masks fit the scans, then try {tries}a lower --lr."
+    return f"See whether the masks fit the scans, then try {tries}a lower --lr, more --epochs."
 
 
 # -------------------------------------------------------------------------------------- Evaluation
@@ -2583,7 +2649,7 @@ def pool_folds(run, cfg):
 def log_scores(title, rows, blocks, cfg):
     """Print a row a case, mean, SD and the mean's interval of the scores; below them the burden."""
     log.info("\n%s", title)
-    told = "Dice, IoU, precision, recall: %s; the others: native grid of each scan"
+    told = "Dice to recall: %s; the others: native grid of each scan"
     log.info(told, describe_grid(cfg))
     columns = [(key, look_up(blocks, place), head) for key, place, head in SCORES if head]
     table = {row["name"]: [row[key] for key, *_ in columns] for row in rows}
@@ -2591,10 +2657,12 @@ def log_scores(title, rows, blocks, cfg):
     lines = ("mean", "SD", "95 % from", "95 % to")
     table |= zip(lines, zip(*known, strict=True), strict=True)
     width = max(map(len, table))
-    log.info(" " * width + "".join(f"{head:>12}" for *_, head in columns))
+    log.info(" " * width + "".join(f"  {head:>6}" for *_, head in columns))
     for name, values in table.items():
         cells = ("-" if value is None else f"{value:.4f}" for value in values)
-        log.info(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
+        ends = (2 + max(len(head), 6) for *_, head in columns)
+        pairs = zip(cells, ends, strict=True)
+        log.info(f"{name:{width}}" + "".join(f"{cell:>{end}}" for cell, end in pairs))
     lesions, volume = blocks["lesions"], blocks["burden"]["volume_ml"]
     f1 = [f"{lesions[rule]['f1']['mean']:.4f} ({LESION_RULES[rule]})" for rule in LESION_RULES]
     told = "PVS: %d in the ground truth, %d predicted; mean F1 %s"
@@ -2751,6 +2819,7 @@ def find_busiest(section):
     """Return the window (left, right, bottom, top), mm, with the most voxels of PVS."""
     sides = np.minimum(np.ceil(MAGNIFIED / section.spacing).astype(int), section.kind.shape[::-1])
     near = ndimage.uniform_filter((section.kind > 0).astype(float), sides[::-1], mode="constant")
+    near += 1e-3 * ndimage.uniform_filter(near, sides[::-1], mode="constant")  # of ties the middle
     most = np.unravel_index(near.argmax(), near.shape) if near.any() else np.divide(near.shape, 2)
     low = (most[::-1] - sides // 2).clip(0, near.shape[::-1] - sides) * section.spacing
     return low[0], low[0] + MAGNIFIED, low[1], low[1] + MAGNIFIED
@@ -2820,7 +2889,9 @@ def draw_sections(path, sections, title):
     """Draw sections, a row each, all to one scale, with a legend; title of two lines."""
     shown = {name: plt.Line2D([], [], color=OUTLINES[name]) for name in sections[0].pvs}
     if len(shown) == 2:
-        shown |= {name: plt.Rectangle((0, 0), 1, 1, color=KINDS[name]) for name in KINDS}
+        for name, colour in KINDS.items():
+            told = name + ", in any section" * (name == "found")
+            shown[told] = plt.Rectangle((0, 0), 1, 1, color=colour)
     columns = 4 if len(shown) > 2 else 3
     width, height = np.max([section.size() for section in sections], 0)
     scale = min(3.2 / width, 4.8 / height)  # inches a mm
@@ -2896,7 +2967,7 @@ def draw_agreement(run, rows, burden, cfg):
     for ax in axes.flat:
         ax.grid(alpha=0.3)
         ax.legend()
-    few = "; fewer than 10 show no correlation" if len(rows) < 10 else ""
+    few = "; too few for a correlation" if len(rows) < 10 else ""
     title = f"{data_set_name(cfg)}\n{len(rows)} test cases, native grid{few}"
     write_figure(run.agreement, figure, title)
 
@@ -2907,8 +2978,8 @@ def draw_training_curves(run, cfg):
         return
     history = read_json(run.history)
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    panels = {"loss": ("train_loss", "val_loss")}
-    panels |= {f"Dice, {describe_grid(cfg)}": ("train_dice", "val_dice"), "learning rate": ("lr",)}
+    panels = {"loss": ("train_loss", "val_loss"), "Dice": ("train_dice", "val_dice")}
+    panels["learning rate"] = ("lr",)
     told = {"train": "training patches", "val": "validation volumes", "lr": "learning rate"}
     best = max(history, key=lambda row: row["val_dice"] or 0)["epoch"]
     for ax, (title, keys) in zip(axes, panels.items(), strict=True):
@@ -2922,7 +2993,7 @@ def draw_training_curves(run, cfg):
         ax.legend()
         ax.grid(alpha=0.3)
     axes[1].set_ylim(0, 1)
-    write_figure(run.curves, figure, data_set_name(cfg))
+    write_figure(run.curves, figure, f"{data_set_name(cfg)}; {describe_grid(cfg)}")
 
 
 # ------------------------------------------------------------------------------------------ Report
@@ -2961,8 +3032,9 @@ const table = document.querySelector(".scans"), body = table.tBodies[0];
 """)
 # Columns of the page's scans: key of a row: title. The first one orders the rows.
 TESTED = {"native_dice": "native Dice", "lesion_f1_any": "F1 of PVS", "hd95_mm": "HD95, mm"}
-TESTED |= {"count_label": "PVS", "count_pred": "predicted", "volume_ml_label": "ml"}
-TESTED |= {"volume_ml_pred": "predicted, ml", "grade_label": "grade", "grade_pred": "predicted"}
+TESTED |= {"count_label": "true PVS", "count_pred": "predicted PVS", "volume_ml_label": "true ml"}
+TESTED |= {"volume_ml_pred": "predicted ml", "grade_label": "true grade"}
+TESTED["grade_pred"] = "predicted grade"
 COUNTED = {"count": "PVS", "volume_ml": "ml", "section_count": "on the busiest section"}
 COUNTED |= {"grade": "its grade, 0 to 4", "seen_in": "seen in"}
 
@@ -3004,8 +3076,8 @@ def to_html(titles, rows, kind=""):
 
 
 def describe_run(run, cfg, blocks):
-    """Return the parts of the page above its scans: scores, figures, split, settings."""
-    scores, parts = [], []
+    """Return the parts of the page above its scans: scores, figures; and below: split, settings."""
+    scores, parts, below = [], [], []
     for _, place, _ in SCORES if blocks else ():
         known = look_up(blocks, place)
         ends = known["ci95"] or (None, None)
@@ -3020,10 +3092,10 @@ def describe_run(run, cfg, blocks):
             parts += [f"<h2>{name}</h2>", image]
     if run.split.exists():
         split = [(part, len(s), " ".join(s)) for part, s in read_json(run.split).items()]
-        parts += ["<h2>Split</h2>", to_html(("part", "subjects", ""), split, "words")]
+        below += ["<h2>Split</h2>", to_html(("part", "subjects", ""), split, "words")]
     edited = [(n, words(value), words(known)) for n, (value, known) in find_edited(cfg).items()]
     table = to_html(("setting", "value", "published"), edited, "words")
-    return [*parts, "<h2>Settings that differ from the published ones</h2>", table]
+    return parts, [*below, "<h2>Settings that differ from the published ones</h2>", table]
 
 
 def write_report(run, cfg, title, columns, rows, thumbnails, blocks=None):
@@ -3040,10 +3112,12 @@ def write_report(run, cfg, title, columns, rows, thumbnails, blocks=None):
     kinds = KINDS if blocks else {"predicted": KINDS["found"]}
     told = "".join(f'<b style="background: {c}">&emsp;</b> {kind}, ' for kind, c in kinds.items())
     told = f"<p>{told}a section of each. A heading sorts, a picture opens its figure.</p>"
-    made = f"train_pvs.py {VERSION}, {datetime.now():%Y-%m-%d %H:%M}. For research only."
+    made = f"train_pvs.py {VERSION} {SCRIPT_HASH[:8]}, {datetime.now():%Y-%m-%d %H:%M}. "
+    made += "For research only."
     heads = [f"<button>{head}</button>" for head in ("scan", *columns.values())]
-    parts = [f"<p>{made}</p>", *describe_run(run, cfg, blocks), f"<h2>{len(rows)} scans</h2>"]
-    parts += [told, to_html(heads, lines, "scans")]
+    above, below = describe_run(run, cfg, blocks)
+    parts = [f"<p>{made}</p>", *above, f"<h2>{len(rows)} scans</h2>", told]
+    parts += [to_html(heads, lines, "scans"), *below]
     page = PAGE.substitute(title=html.escape(title), parts="\n".join(parts))
     write_file(run.report, page)
 
@@ -3295,7 +3369,8 @@ def find_edited(cfg):
 
 def log_settings(cfg, options, title):
     """Print the title, every setting that differs from the published one, and overridden edits."""
-    log.info("%s, %s", datetime.now().isoformat(" ", "seconds"), title)
+    now = datetime.now().isoformat(" ", "seconds")
+    log.info("%s, train_pvs.py %s %.8s, %s", now, VERSION, SCRIPT_HASH, title)
     edited_ones = find_edited(cfg)
     for name, value in asdict(cfg).items():
         if options.check or name in edited_ones:
@@ -3381,7 +3456,8 @@ def set_up_training(cfg, options):
     for part in ("val", "test"):
         log.info("  %-14s%s", part, " ".join(case.name for case in split[part][:10]))
     if options.check:
-        log.info(f"Nothing was trained (--check). Left: {run.logs}/check.log, {cache_folder(cfg)}")
+        left = f"{run.logs}/check.log, {cache_folder(cfg)}"
+        log.info(f"Ready to train. Nothing was trained (--check). Left: {left}")
         return lambda: 0
     return functools.partial(train, run, model, split, cfg, last)
 
@@ -3495,12 +3571,16 @@ def choose_test_cases(cases, contents, own):
     told = ", ".join(name for name, _ in lost) + ": gone or changed since the run tested them; "
     require(not lost, f"{told}name the weights with --checkpoint and choose another --output-dir")
     used = seen_hashes([content for _, content in contents], "train", "val")
-    left_out = [case.name for case in cases if case.sha256 in used]
+    others = [case for case in cases if case.sha256 not in used]
     told = "the checkpoint was trained or chosen with every scan, none is left to test on"
-    require(len(left_out) < len(cases), f"DATA_DIR: {told}; expected others")
-    if left_out:
-        log.info("Not tested on   %s: trained or chosen with", " ".join(left_out))
-    return [c for c in cases if c.sha256 not in used and (c.name in known or not own)]
+    require(others, f"DATA_DIR: {told}; expected others")
+    tested = [case for case in others if case.name in known or not own]
+    whys = {"trained or chosen with": (cases, others), "new since the run": (others, tested)}
+    for why, (before, after) in whys.items():
+        left_out = [case.name for case in before if case not in after]
+        if left_out:
+            log.info("Not tested on   %s: %s", " ".join(left_out), why)
+    return tested
 
 
 def set_up_trained(cfg, options):
@@ -3531,6 +3611,7 @@ def set_up_trained(cfg, options):
     if not options.predict:
         log.info("Data            %s", data_set_name(cfg))
         cases = choose_test_cases(prepare_cases(cases, cfg), contents, own)
+        warn_of_subjects(cases, [content for _, content in contents], cfg)
     if anew:  # when all is checked
         run.clear()
     scans = f"{len(cases)} to {'segment' if options.predict else 'test'}"

@@ -314,11 +314,6 @@ def measure_step(bench):
     bench.compare(what, {name: step(cfg) for name, cfg in recipes.items()}, True)
     for name, cfg in recipes.items():
         bench.compare_autocast(f"{name}, {what}", step, cfg, True)
-    image, predict = torch.rand(1, *cfg.IMG_PATCH_SIZE), train_pvs.predict_logits
-    works = {
-        name: partial(predict, build_model(cfg), image, cfg, 0.5) for name, cfg in recipes.items()
-    }
-    bench.compare("full size, inference of one window, s", works, True)
 
 
 def compare_plain(bench, cfg):

@@ -66,7 +66,12 @@ OTHER = {"IMG_PATCH_SIZE": (64, 128, 96), "PIX_DIM": (1.0, 2.0, 0.7), "ENCODER_W
 OTHER |= {"INTENSITY_PERCENTILES": (1.0, 99.0), "ENCODER_NAME": "efficientnet-b1", "FOLD": 2}
 OTHER |= {"INIT_FROM": __file__, "SPLIT": __file__, "ENCODER_DEPTH": 4, "FOLDS": 5}
 OTHER |= {"ARCHITECTURE": "dynunet", "DEVICE": "cpu", "AUGMENTATION": "native", "TTA_FLIPS": "full"}
-OTHER |= {"FLIP_AXES": "xz", "LR_SCHEDULE": "poly", "ENGINE": "openvino"}
+OTHER |= {
+    "CACHE_DIR": os.path.abspath("x"),
+    "FLIP_AXES": "xz",
+    "LR_SCHEDULE": "poly",
+    "ENGINE": "openvino",
+}
 
 
 def test_flag_reaches_its_field_in_its_type():
@@ -84,7 +89,7 @@ def test_flag_reaches_its_field_in_its_type():
         assert type(getattr(cfg, name)) is type(default), name
 
 
-def test_flag_wins_over_recipe_and_recipe_over_config():
+def test_flag_wins_over_recipe_and_recipe_over_config(monkeypatch):
     flags = "--recipe demo --epochs 7 --no-head-bias-log-odds --pix-dim 0.9".split()
     cfg, _ = parse_command_line(flags)  # one number for three
     assert (cfg.EPOCHS, cfg.HEAD_BIAS_LOG_ODDS, cfg.PIX_DIM) == (7, False, (0.9, 0.9, 0.9))
@@ -92,6 +97,12 @@ def test_flag_wins_over_recipe_and_recipe_over_config():
     assert cfg.WEIGHT_DECAY == 1e-5  # Config's
     cfg, options = parse_command_line(["--demo", "--output-dir", "here"])
     assert (cfg.DATA_DIR, options.recipe) == (os.path.abspath("here/data"), "demo")
+    monkeypatch.setitem(RECIPES, "mine", "--recipe native --lr 1e-4")
+    cfg, _ = parse_command_line("--recipe mine --epochs 7".split())
+    assert (cfg.ARCHITECTURE, cfg.LR, cfg.EPOCHS) == ("dynunet", 1e-4, 7)
+    monkeypatch.setitem(RECIPES, "mine", "--recipe native --overwrite")
+    with pytest.raises(ValueError, match="RECIPES: mine: expected settings, got overwrite"):
+        parse_command_line(["--recipe", "mine"])
 
 
 # What a user may write into Config: the value that is used.
@@ -148,7 +159,7 @@ def test_start_tells_edits_and_where_a_recipe_overrides_them(data, tmp_path, cap
 
 def test_setting_added_to_a_group_becomes_a_flag(tmp_path, capsys):
     place = "    WEIGHT_DECAY: float = 1e-5  # AdamW's\n"
-    new = "    DROPOUT: float = 0.1  # of features\n    CLASSES = (1, 2)\n    MIXUP = False  # x\n"
+    new = "    DROPOUT: float = 1  # of features\n    CLASSES = (1, 2)\n    MIXUP = False  # x\n"
     copy = edited_copy(tmp_path, (place, place + new))
     assert {"DROPOUT", "CLASSES", "MIXUP"} <= copy.names(copy.Training)
     cfg, _ = copy.parse_command_line("--dropout 0.5 --classes 3 4 --mixup".split())
@@ -157,7 +168,7 @@ def test_setting_added_to_a_group_becomes_a_flag(tmp_path, capsys):
     assert "\n  DROPOUT: expected a number, got much" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         copy.main(["--help"])
-    assert re.search(r"--dropout \w+\s+of features; default: 0\.1", capsys.readouterr().out)
+    assert re.search(r"--dropout \w+\s+of features; default: 1", capsys.readouterr().out)
 
 
 WRONG = {  # values that are refused; each by the name of its field, and no other

@@ -272,7 +272,7 @@ def test_mask_is_above_the_threshold_without_components_that_are_too_small(tiny_
     prob, affine = np.zeros((12, 10, 8), np.float32), np.diag([0.5, -2, 2, 1])
     prob[1, 1, 1] = prob[4, 1, 1] = prob[5, 2, 2] = prob[6, 3, 3] = 0.9
     prob[8:10, 6:8, 4:6] = 0.6
-    table = {(0.5, 0): 12, (0.5, 2): 12, (0.5, 2.5): 11, (0.5, 6): 11, (0.5, 6.1): 8}
+    table = {(0.5, 0): 12, (0.5, 2): 12, (0.5, 2.5): 11, (0.5, 6.0005): 11, (0.5, 6.1): 8}
     table |= {(0.6001, 0): 4, (0.7, 6): 3, (0.7, 100): 0, (0.95, 2): 0}
     for (threshold, smallest), voxels in table.items():
         cfg = tiny_config(THRESHOLD=threshold, SMALLEST_PVS=smallest)

@@ -1,6 +1,9 @@
 """The script as a whole: what a run writes, what it refuses, the demo, the documents."""
 
+import contextlib
+import errno
 import json
+import os
 import re
 import runpy
 import shlex
@@ -135,6 +138,15 @@ def test_check_needs_no_network_and_tells_what_a_run_would_use(data, run, monkey
     assert made == ["logs/check.log"]
     left = [tmp_path / "out" / name for name in ("logs/check.log", "cache")]
     assert f"Nothing was trained (--check). Left: {left[0]}, {left[1]}" in out
+    # A file system without locks, and a screen that the caller has closed, are no hindrance.
+    missing = Mock(side_effect=OSError(errno.ENOSYS, "no locks"))
+    monkeypatch.setattr(train_pvs.fcntl, "lockf", missing)
+    flags = ("--data-dir", data, "--output-dir", tmp_path / "closed", *TINY)
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+        assert train_pvs.main([*map(str, flags), "--check"]) == 0
+    log = (tmp_path / "closed" / "logs" / "check.log").read_text()
+    assert "Nothing was trained (--check)" in log
+    assert "cannot be locked" in done(call(*flags, "--check"))
 
 
 def test_mistakes_end_with_status_2_and_one_error_before_any_work(finished, tmp_path, monkeypatch):
@@ -193,7 +205,9 @@ def test_edited_script_runs_as_users_start_it(data, tmp_path):
         **{"EPOCHS": "1", "NUM_WORKERS": "2", "HEAD_BIAS_LOG_ODDS": "True", "DEVICE": '"cpu"'},
     }
     command = [sys.executable, edited_copy(tmp_path, **values).__file__, "--batch-size", "1"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True")  # found in the folder of the start
+    how = {"cwd": tmp_path, "env": os.environ | {"MPLBACKEND": "module://of_a_notebook"}}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, **how)
     assert (result.returncode in (0, 1), "Traceback" in result.stderr) == (True, False)
     assert ("No PVS were learned" in result.stderr) == (result.returncode == 1)
     assert result.stdout.splitlines()[-1] == f"Scores and figures are in {tmp_path / 'out'}"

@@ -122,6 +122,8 @@ def test_image_glob_threshold_and_smallest_pvs_may_be_chosen(predict, tmp_path):
     assert (mask > (prob > 0.5)).any()
     done(predict(tmp_path / "bids", *flags, "--smallest-pvs", 10**6, "--overwrite"))
     assert rows_of(tmp_path / "out")[0]["count"] == "0"
+    done(predict(tmp_path / "bids" / "sub-1" / "anat", "--overwrite"))
+    assert [Path(row["scan"]).name for row in rows_of(tmp_path / "out")] == ["sub-1_T2w.nii.gz"]
 
 
 def test_bad_scans_among_good_ones_are_named_and_the_good_ones_done(predict, tmp_path):
@@ -219,9 +221,11 @@ def test_scans_are_known_by_voxels_and_unseen_ones_tested(copied, predict, finis
     assert scores(tmp_path / "out")["subjects"] == finished.scores["subjects"]
     assert re.search(f"Not tested .*{' '.join(seen)}", out)
     save_subject(copied.data, "sub-777", *make_head(seed=7))
-    done(evaluate("--overwrite"))
+    save_subject(copied.data, seen[0], *make_head(seed=8))  # scanned again
+    told = f"Warning: tested, but other scans of these subjects trained: {seen[0]}\n"
+    assert told in done(evaluate("--overwrite"))
     tested = [row["participant_id"] for row in scores(tmp_path / "out")["subjects"]]
-    assert tested == [*finished.split["test"], "sub-777"]
+    assert tested == [*sorted([*finished.split["test"], seen[0]]), "sub-777"]
     for path in [path for subject in tested for path in copied.data.rglob(f"{subject}_*")]:
         path.unlink()
     refused(evaluate("--overwrite"), "none is left")

@@ -134,6 +134,11 @@ def test_odd_numbers_beside_a_whole_sform_change_nothing(data):
         assert train_pvs.readings(nib.load(scan).header)
         train_pvs.write_nifti(data / "mask.nii.gz", np.ones((24, 28, 20), np.uint8), scan)
         assert nib.load(data / "mask.nii.gz").shape == (24, 28, 20)
+    lone = bytearray(whole)  # qform alone, of the same quaternion: half a turn about x = y
+    struct.pack_into("<2h6f", lone, 252, 1, 0, 0.707107, 0.707107, 0.0, 0.0, 0.0, 0.0)
+    scan.write_bytes(gzip.compress(lone))
+    turned = [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1]]
+    assert np.allclose(train_pvs.read_volume(scan).affine, turned, atol=1e-5)
 
 
 def kinds_of_scan(head, brain):
@@ -143,7 +148,9 @@ def kinds_of_scan(head, brain):
     yield "whole head", head, False
     yield "whole head, z-scored", z, False
     yield "whole head, z-scored, 0 around it", np.pad(z[4:-4, 4:-4, 4:-4], 4), False
-    yield "slab of a head without noise", np.where(head > 99, head, 0)[:, :, 30:60], False
+    slab = np.where(head > 99, head, 0)[:, :, 30:60]
+    yield "slab of a head without noise", slab, False
+    yield "slab of a head in zeros", np.pad(slab, 4), False
     yield "stripped", np.where(brain, head, 0), True
     yield "stripped, z-scored, background 0", np.where(brain, z, 0), True
     yield "stripped, z-scored, background lowest", np.where(brain, z, z[brain].min()), True
@@ -161,7 +168,8 @@ def test_brain_keeps_its_contrast_in_every_kind_of_scan(tiny_config):
     plain, affine = {}, torch.diag(torch.tensor([2, 2, 2, 1.0])).double()
     for name, volume, stripped in kinds_of_scan(head, brain):
         volume = torch.from_numpy(volume.astype(np.float32))[None]
-        part = brain if volume.shape[1:] == brain.shape else brain[:, :, 30:60]
+        slab = np.pad(brain[:, :, 30:60], max(volume.shape[3] - 30, 0) // 2)
+        part = brain if volume.shape[1:] == brain.shape else slab
         scan = {"image": MetaTensor(volume, affine), "label": MetaTensor(part[None], affine)}
         entry = train_pvs.to_working_grid(scan, tiny_config(PIX_DIM=(2.0, 2.0, 2.0)))
         values = entry["image"][entry["label"] > 0]
@@ -173,6 +181,8 @@ def test_brain_keeps_its_contrast_in_every_kind_of_scan(tiny_config):
         if first.shape == entry["image"].shape:
             assert float((first - entry["image"]).abs().mean()) < 0.01, name
         assert entry["label"].sum() == part.sum()
+    lost = head * (np.arange(head.shape[2]) != 50)  # a slice of zeros parts the head
+    assert train_pvs.head_mask(lost[None]).sum() > 0.95 * train_pvs.head_mask(head[None]).sum()
     corners = entry["image"][0][[0, 0, -1, -1], [0, -1, 0, -1], 0]
     assert corners.tolist() == [0, 0, 0, 0]
 
@@ -217,9 +227,11 @@ def test_hidden_files_are_no_scans_and_no_masks(data, run, predict):
 
 def test_names_are_told_with_the_nearest_scan(data, run):
     moved = label_path(data, "sub-002")
-    moved.rename(moved.with_name("sub-002_space-T2w_desc-mask_PVS.nii.gz"))
+    moved = moved.rename(moved.with_name("sub-002_space-T2w_desc-mask_PVS.nii.gz"))
+    done(run("--check"))  # on its scan's grid, however that is called
+    moved.rename(moved.with_name("sub-002_acq-2_desc-mask_PVS.nii.gz"))
     shutil.copy(image_path(data, "sub-003"), data / "sub-003/anat/sub-003_run-2_T2w.nii.gz")
-    near = f"found none; the nearest is {image_path(data, 'sub-002')}, which has no space-T2w"
+    near = f"found none; the nearest is {image_path(data, 'sub-002')}, which has no acq-2"
     err = refused(run("--check"), "2 problems", "letters and digits only", near)
     assert err.count("sub-003_run-2") == 1  # and not as a scan without a mask
 
@@ -297,9 +309,11 @@ def test_prediction_tells_what_its_reader_must_know(finished, predict, tmp_path)
     image, _ = volumes_of(finished.data)
     new = save_nifti(tmp_path / "new_T2w.nii.gz", image[::-1], np.diag([0.69, 0.69, 3, 1]))
     bare = save_nifti(tmp_path / "bare_T2w.nii.gz", np.where(image > 200, image, 0))
-    out = done(predict(*parts.values(), new, bare))
+    full = image + np.random.default_rng(0).integers(300, 340, image.shape)
+    full = save_nifti(tmp_path / "full_T2w.nii.gz", full.astype(np.int16))
+    out = done(predict(*parts.values(), new, bare, full))
     rows = rows_of(tmp_path / "out")
-    assert [row["seen_in"] for row in rows] == [*parts, "", ""]
+    assert [row["seen_in"] for row in rows] == [*parts, "", "", ""]
     assert {row["trained_on"] for row in rows} == {"Simulated heads of a test"}
     assert 0 < float(rows[0]["validation_dice"]) < 1
     refused(predict("nosuch.nii.gz"), "nosuch.nii.gz: no such file")
@@ -307,7 +321,8 @@ def test_prediction_tells_what_its_reader_must_know(finished, predict, tmp_path)
     far = "voxels of 0.69 x 0.69 x 3 mm, far from the training scans' 1 x 1 x 1 mm"
     assert f"Warning: {new} has {far}" in out
     assert f"Warning: {bare}: the scan is stripped of the skull" in out
-    assert out.count("Warning:") == 2
+    assert f"Warning: {full}: it seems to hold no air" in out
+    assert out.count("Warning:") == 3
     for row in rows:
         assert re.fullmatch(r"[\d.e-]+", row["volume_ml"])
         assert len(row["volume_ml"].replace(".", "").strip("0")) <= 6

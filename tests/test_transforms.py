@@ -121,6 +121,11 @@ def test_batches_are_a_function_of_seed_and_epoch_with_any_workers(data, tiny_co
     assert same(batches((2,))[0], one[2])  # nothing is left of former epochs
     assert not same(batches((1,), SEED=5)[0], one[0])
     assert all(map(same, one, batches((1, 2, 1), NUM_WORKERS=2)))
+    # A function of one's own may take its numbers from numpy.
+    dataset = train_pvs.build_train_loader(cases, cfg, device).dataset
+    dataset.transforms.transforms += (mt.Lambdad("image", lambda i: i * np.random.random()),)
+    one, again = (dataset[1, 0] for _ in range(2))
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(one, again, strict=True))
 
 
 def test_volumes_smaller_than_the_patch_are_padded_and_their_centres_found_again(loader_of):

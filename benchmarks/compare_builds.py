@@ -1,6 +1,6 @@
 """Run two versions of the script on the same data and compare every number and mask.
 
-    python tests/compare_builds.py OLD/train_pvs.py train_pvs.py --keep FOLDER
+    python benchmarks/compare_builds.py OLD/train_pvs.py train_pvs.py --keep FOLDER
 
 Four runs: the demo, and small runs of `published`, of `published` in float32 with a validation
 every other epoch, and of `native`. History, split, scores of all subjects, summaries and masks must
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import TINY, make_subjects
 
 SMALL = [*TINY, "--test-fraction", "0.5", "--lr", "5e-3", "--epochs", "10", "--seed", "123"]
