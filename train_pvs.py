@@ -313,12 +313,13 @@ def convert(value, kind):
 def convert_all(settings, problems):
     """Return settings in their published types; `problems`, {field: sentence}, gets the others."""
     converted, told = {}, {bool: "True or False", int: "a whole number", float: "a number"}
-    kinds = {field.name: field.type for field in fields(Config) if field.type in told}
+    numbers = {f.name for f in fields(Config) if f.type is float}  # 3 is one, too
     for name in filter(str.isupper, settings):  # the others are commands
         model = PUBLISHED.get(name, getattr(Config, name, None))
         several = isinstance(model, tuple)
         models = model if several else (model,)
-        kind = kinds.get(name) or (type(models[0]) if models else str)
+        kind = type(models[0]) if models else str
+        kind = float if kind is int and name in numbers else kind
         values = np.array(settings[name], object)
         try:  # one number for a triple is meant for all three
             values = tuple(convert(value, kind) for value in np.broadcast_to(values, len(models)))
@@ -389,12 +390,13 @@ def process_number(name):
 
 
 def read_recipe(name, parser):
-    """Return the settings of a recipe, which may begin with the --recipe that it changes."""
-    line = re.sub(r"--recipe (\w+)", lambda found: RECIPES.get(found[1], found[0]), RECIPES[name])
-    settings = parser.parse_args(line.split())
-    others = [flag for flag, value in vars(settings).items() if value and flag.islower()]
+    """Return the settings of a recipe and of the --recipe that it changes, if it names one."""
+    own = vars(parser.parse_args(RECIPES[name].split()))
+    base = own.pop("recipe")
+    others = [flag for flag, value in own.items() if value and flag.islower()]
+    others += [f"--recipe {name}"] * (base == name)
     require(not others, f"RECIPES: {name}: expected settings, got {', '.join(others)}")
-    return settings
+    return (read_recipe(base, parser) if base else {}) | own
 
 
 def parse_command_line(argv):
@@ -409,8 +411,8 @@ def parse_command_line(argv):
     options.every_fold = vars(options).get("FOLD") == "all"
     if options.every_fold:
         options.FOLD = "1"
-    sources = (Config(), read_recipe(options.recipe, parser), options)
-    in_file, of_recipe, given = (convert_all(vars(source), problems) for source in sources)
+    sources = (vars(Config()), read_recipe(options.recipe, parser), vars(options))
+    in_file, of_recipe, given = (convert_all(source, problems) for source in sources)
     edited = {name: value for name, value in in_file.items() if value != PUBLISHED.get(name, value)}
     options.given, options.of_recipe, options.edited = given, of_recipe, edited
     trained, alone = options.evaluate or options.predict, process_number("WORLD_SIZE") == 1
@@ -452,7 +454,9 @@ if __name__ == "__main__" and process_number("WORLD_SIZE") == 1:
 
 with warnings.catch_warnings():  # timm 0.9.7 imports what is deprecated
     warnings.simplefilter("ignore")
-    os.environ["MPLBACKEND"] = "Agg"  # figures go to files; a notebook's own is not found here
+    import matplotlib
+
+    matplotlib.use("Agg")  # figures go to files; a notebook's own may not be found here
     import matplotlib.pyplot as plt
     import nibabel as nib
     import segmentation_models_pytorch_3d as smp
@@ -687,30 +691,26 @@ def write_tsv(path, columns, rows):
 
 def read_participants(folder):
     """Return {(subject, session or ""): row} of a participants.tsv; of several rows of one none."""
-    path, rows = Path(folder) / "participants.tsv", []
-    how = {"newline": "", "encoding": "utf-8-sig", "errors": "replace"}
+    known, how = {}, {"newline": "", "encoding": "utf-8-sig", "errors": "replace"}
+    path = Path(folder) / "participants.tsv"
     with suppress(OSError, csv.Error), open(path, **how) as file:  # it stops no run
-        rows = [*csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
-    ids = [(row.get("participant_id") or "", row.get("session_id") or "") for row in rows]
-    ids = [(name.removeprefix("sub-"), session.removeprefix("ses-")) for name, session in ids]
-    ids = [(f"sub-{re.sub(r'[^a-zA-Z0-9]', '', name)}", session) for name, session in ids]
-    return {key: row for key, row in zip(ids, rows, strict=True) if ids.count(key) == 1}
+        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+            ids = (row.get(name) or "" for name in ("participant_id", "session_id"))
+            key = tuple(re.sub("^sub-|^ses-|^n/a$|[^a-zA-Z0-9]", "", text) for text in ids)
+            known[key] = {} if key in known else row
+    return known
 
 
 def join_participants(rows, folders):
     """Return rows with what the participants.tsv of their data set tells of their subjects."""
     known = {folder: read_participants(folder) for folder in dict.fromkeys(folders)}
     names = dict.fromkeys(n for table in known.values() for own in table.values() for n in own)
-    joined, alone = [], {}
+    joined = []
     for folder, row in zip(folders, rows, strict=True):
-        subject, session = row["participant_id"], bids_entities(row["name"]).get("ses", "")
+        subject = row["participant_id"].removeprefix("sub-")
+        session = bids_entities(row["name"]).get("ses", "")
         own = known[folder].get((subject, session)) or known[folder].get((subject, "")) or {}
         joined.append(row | {n: own.get(n) for n in names if n and n not in row})
-        path = Path(folder, "participants.tsv")
-        if not own and path.exists():
-            alone.setdefault(path, []).append(row["name"])
-    for path, missing in alone.items():
-        log.warning("Warning: %s: no row, or several, for %s", path, " ".join(missing))
     return joined
 
 
@@ -729,16 +729,6 @@ FILES = {  # of a run, in the order in which --overwrite gives them up
     **{"overview": "test_set_visualization_grid_300dpi.jpg", "agreement": "agreement.jpg"},
     "report": "report.html",
 }
-
-
-def lock_file(file):
-    """Lock a file, which workers do not inherit; a BlockingIOError if another run has it."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        log.warning("Warning: %s cannot be locked; start no second run in this folder", file.name)
 
 
 class Run:
@@ -775,7 +765,12 @@ class Run:
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.logs / ".lock", "a")  # noqa: SIM115, held as long as the run
-            lock_file(self.lock)
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers do not inherit it
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+                log.warning("Warning: %s cannot be locked; start no second run", self.lock.name)
             self.log, text = self.logs / f"{name}.log", {"encoding": "utf-8", "errors": "replace"}
             self.former = self.log.stat().st_size if anew and self.log.exists() else 0
             log.addHandler(logging.FileHandler(self.log, "a", **text))
@@ -812,8 +807,9 @@ class Screen(logging.Handler):
 @contextmanager
 def logging_to_screen():
     """Show messages of the first process, and all errors; `Run.open` adds a file."""
-    nowhere = open(os.devnull, "w")  # noqa: SIM115, in place of what the caller has closed
-    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller has closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # of a notebook, which prints all letters
             stream.reconfigure(errors="backslashreplace")  # of letters that it lacks
@@ -926,8 +922,9 @@ def find_cases(cfg):
     entities = {path: bids_entities(path).items() for path in scans + masks}
     bare = [path for path, found in entities.items() if "sub" not in dict(found)]
     raise_problems([f"{path}: expected a name with sub-" for path in bare], RENAME)
-    for mask in masks:  # that it is on a scan's grid is looked at
-        entities[mask] = {pair for pair in entities[mask] if pair[0] not in ("space", "res")}
+    for mask in masks:  # without them where none fits; that it is on the scan's grid is looked at
+        if not any(entities[mask] <= entities[scan] for scan in scans):
+            entities[mask] = {pair for pair in entities[mask] if pair[0] not in ("space", "res")}
     # A mask fits a scan whose name holds all entities of the mask that are left.
     pairs = [(s, m) for s in scans for m in masks if entities[m] <= entities[s]]
     groups = [("scan for this mask", m, [s for s, mask in pairs if mask == m]) for m in masks]
@@ -954,9 +951,9 @@ def find_scans(places, cfg):
         is_scan = place.endswith(NIFTI) and os.path.isfile(place)
         found = [place] if is_scan else find_files(place, cfg.IMAGE_GLOB)
         folder, name = Path(cfg.IMAGE_GLOB).parent.name, Path(cfg.IMAGE_GLOB).name
-        # Of a subject or session, of its folder anat, of a folder without an order.
-        own = name if os.path.basename(place) == folder else os.path.join("**", folder, name)
-        for pattern in (own, "*", f"**/{name}"):
+        anat = [name] * (os.path.basename(place) == folder)
+        # A folder anat, one without an order, that of a subject or session.
+        for pattern in (*anat, "*", os.path.join("**", folder, name), f"**/{name}"):
             found = found or find_files(place, pattern)
         told = f"a NIfTI file, a folder of them, or one with scans {cfg.IMAGE_GLOB} (--image-glob)"
         if os.path.realpath(place) == os.path.realpath(cfg.OUTPUT_DIR):
@@ -1041,7 +1038,7 @@ def read_volume(path):
 def readings(header):
     """Return {name: affine} of the places that programs give the voxels; the first is used here."""
     found = {"sform": header.get_sform(coded=True)[0], "qform": None}
-    with suppress(ValueError):  # a quaternion that was rounded
+    with suppress(ValueError):  # a quaternion that is none
         found["qform"] = header.get_qform(coded=True)[0]
     # ITK's programs (ITK-SNAP, ANTs, 3D Slicer, nnU-Net), seen with SimpleITK 2.5: docs/data.md.
     itk = found["sform" if header["sform_code"] == 1 or found["qform"] is None else "qform"]
@@ -1069,7 +1066,9 @@ def read_scan(path):
     cautions = [] if np.allclose(sides, pixdim, rtol=0.01) else [f"{told}, which is used"]
     dark, bright = np.percentile(volume[::2, ::2, ::2], (1, 99))
     if low >= 0 and dark > 0.2 * bright and (volume <= dark).mean() < 0.1:
-        cautions.append("it seems to hold no air: its darker tissue may be taken for air")
+        cautions.append(
+            "it holds no air, or air far above 0: without, dark tissue is taken for air"
+        )
     if "centred grid" in readings(header):
         cautions.append("its qform and sform code are 0: left and right are unknown")
     return image, [f"{path}: {caution}" for caution in cautions]
@@ -1256,7 +1255,7 @@ def darken_background(image):
     box = rest[ndimage.find_objects(rest.astype(np.int8))[0]]
     flat = max(np.take(box, side, axis).mean() for axis in range(3) for side in (0, -1))
     small = volume_ml(rest, image.affine.numpy()) < LARGEST_BRAIN
-    stripped = bool(small and flat < 0.3)  # necks and slabs end flat, a brain with 0.1 at most
+    stripped = bool(small and flat < 0.3)  # wide necks and slabs end flat, brains at 0.1
     if high > low and (stripped or value > low + 0.15 * (high - low)):
         image = image.clone()
         image[:, outside] = low - (0.2 * (high - low) if stripped else 0)
@@ -2161,7 +2160,9 @@ def warn_of_subjects(cases, contents, cfg):
     seen = {name.split("_")[0] for name in itertools.chain(*scans)}
     again = " ".join(case.name for case in cases if case.subject in seen)
     if again:
-        log.warning("Warning: tested, but other scans of these subjects trained: %s", again)
+        log.warning(
+            "Warning: other scans of these were trained or chosen with, it seems: %s", again
+        )
 
 
 def seen_hashes(contents, *parts):
@@ -2649,20 +2650,18 @@ def pool_folds(run, cfg):
 def log_scores(title, rows, blocks, cfg):
     """Print a row a case, mean, SD and the mean's interval of the scores; below them the burden."""
     log.info("\n%s", title)
-    told = "Dice to recall: %s; the others: native grid of each scan"
-    log.info(told, describe_grid(cfg))
+    log.info("Dice to recall: %s; the others: native grid of each scan", describe_grid(cfg))
     columns = [(key, look_up(blocks, place), head) for key, place, head in SCORES if head]
     table = {row["name"]: [row[key] for key, *_ in columns] for row in rows}
     known = [(s["mean"], s["sd"], *(s["ci95"] or (None, None))) for _, s, _ in columns]
     lines = ("mean", "SD", "95 % from", "95 % to")
     table |= zip(lines, zip(*known, strict=True), strict=True)
     width = max(map(len, table))
-    log.info(" " * width + "".join(f"  {head:>6}" for *_, head in columns))
+    heads = [f"  {head:>7}" for *_, head in columns]
+    log.info(" " * width + "".join(heads))
     for name, values in table.items():
         cells = ("-" if value is None else f"{value:.4f}" for value in values)
-        ends = (2 + max(len(head), 6) for *_, head in columns)
-        pairs = zip(cells, ends, strict=True)
-        log.info(f"{name:{width}}" + "".join(f"{cell:>{end}}" for cell, end in pairs))
+        log.info(f"{name:{width}}" + "".join(map(str.rjust, cells, map(len, heads))))
     lesions, volume = blocks["lesions"], blocks["burden"]["volume_ml"]
     f1 = [f"{lesions[rule]['f1']['mean']:.4f} ({LESION_RULES[rule]})" for rule in LESION_RULES]
     told = "PVS: %d in the ground truth, %d predicted; mean F1 %s"
@@ -2889,9 +2888,8 @@ def draw_sections(path, sections, title):
     """Draw sections, a row each, all to one scale, with a legend; title of two lines."""
     shown = {name: plt.Line2D([], [], color=OUTLINES[name]) for name in sections[0].pvs}
     if len(shown) == 2:
-        for name, colour in KINDS.items():
-            told = name + ", in any section" * (name == "found")
-            shown[told] = plt.Rectangle((0, 0), 1, 1, color=colour)
+        told = {"found": "found, in any section"}
+        shown |= {told.get(n, n): plt.Rectangle((0, 0), 1, 1, color=c) for n, c in KINDS.items()}
     columns = 4 if len(shown) > 2 else 3
     width, height = np.max([section.size() for section in sections], 0)
     scale = min(3.2 / width, 4.8 / height)  # inches a mm
@@ -3112,11 +3110,10 @@ def write_report(run, cfg, title, columns, rows, thumbnails, blocks=None):
     kinds = KINDS if blocks else {"predicted": KINDS["found"]}
     told = "".join(f'<b style="background: {c}">&emsp;</b> {kind}, ' for kind, c in kinds.items())
     told = f"<p>{told}a section of each. A heading sorts, a picture opens its figure.</p>"
-    made = f"train_pvs.py {VERSION} {SCRIPT_HASH[:8]}, {datetime.now():%Y-%m-%d %H:%M}. "
-    made += "For research only."
+    made = f"train_pvs.py {VERSION} {SCRIPT_HASH[:8]}, {datetime.now():%F %H:%M}"
     heads = [f"<button>{head}</button>" for head in ("scan", *columns.values())]
     above, below = describe_run(run, cfg, blocks)
-    parts = [f"<p>{made}</p>", *above, f"<h2>{len(rows)} scans</h2>", told]
+    parts = [f"<p>{made}. For research only.</p>", *above, f"<h2>{len(rows)} scans</h2>", told]
     parts += [to_html(heads, lines, "scans"), *below]
     page = PAGE.substitute(title=html.escape(title), parts="\n".join(parts))
     write_file(run.report, page)
@@ -3369,8 +3366,7 @@ def find_edited(cfg):
 
 def log_settings(cfg, options, title):
     """Print the title, every setting that differs from the published one, and overridden edits."""
-    now = datetime.now().isoformat(" ", "seconds")
-    log.info("%s, train_pvs.py %s %.8s, %s", now, VERSION, SCRIPT_HASH, title)
+    log.info(f"{datetime.now():%F %T}, train_pvs.py {VERSION} {SCRIPT_HASH[:8]}, {title}")
     edited_ones = find_edited(cfg)
     for name, value in asdict(cfg).items():
         if options.check or name in edited_ones:
@@ -3574,13 +3570,12 @@ def choose_test_cases(cases, contents, own):
     others = [case for case in cases if case.sha256 not in used]
     told = "the checkpoint was trained or chosen with every scan, none is left to test on"
     require(others, f"DATA_DIR: {told}; expected others")
-    tested = [case for case in others if case.name in known or not own]
-    whys = {"trained or chosen with": (cases, others), "new since the run": (others, tested)}
-    for why, (before, after) in whys.items():
-        left_out = [case.name for case in before if case not in after]
-        if left_out:
-            log.info("Not tested on   %s: %s", " ".join(left_out), why)
-    return tested
+    new = [case.name for case in others if own and case.name not in known]
+    seen = [case.name for case in cases if case.sha256 in used]
+    for why, gone in (("trained or chosen with", seen), ("not among the run's test scans", new)):
+        if gone:
+            log.info("Not tested on   %s: %s", " ".join(gone), why)
+    return [case for case in others if case.name not in new]
 
 
 def set_up_trained(cfg, options):

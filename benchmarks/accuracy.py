@@ -95,7 +95,8 @@ def prepare_data(options):
         split = {"train": subjects[:train], "val": subjects[train:val], "test": subjects[val:end]}
         write_json(options.work / "split.json", split)
         heads.rescan_cases([case for case in cases if case.subject in split["test"]], other)
-        told = {"data": train_pvs.data_set_name(cfg), "length": length_words(options)}
+        name = train_pvs.data_set_name(cfg) if options.data_dir else "Simulated heads"
+        told = {"data": name, "length": length_words(options)}
         first = nib.load(cases[0].image)
         told["scans"] = " x ".join(map(str, first.shape)) + " voxels of "
         told["scans"] += train_pvs.spacing_words(train_pvs.ras_spacing(first.affine))

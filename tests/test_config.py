@@ -95,14 +95,19 @@ def test_flag_wins_over_recipe_and_recipe_over_config(monkeypatch):
     assert (cfg.EPOCHS, cfg.HEAD_BIAS_LOG_ODDS, cfg.PIX_DIM) == (7, False, (0.9, 0.9, 0.9))
     assert (cfg.LR, cfg.ENCODER_DEPTH) == (5e-3, 3)  # the recipe's
     assert cfg.WEIGHT_DECAY == 1e-5  # Config's
+    cfg, _ = parse_command_line(["--cache-dir", "c"])
+    assert os.path.isabs(cfg.CACHE_DIR)
     cfg, options = parse_command_line(["--demo", "--output-dir", "here"])
     assert (cfg.DATA_DIR, options.recipe) == (os.path.abspath("here/data"), "demo")
-    monkeypatch.setitem(RECIPES, "mine", "--recipe native --lr 1e-4")
+    monkeypatch.setitem(RECIPES, "first-one", "--recipe=native --lr 1e-4 --epochs 9")
+    monkeypatch.setitem(RECIPES, "mine", "--recipe first-one --grad-clip 2")
     cfg, _ = parse_command_line("--recipe mine --epochs 7".split())
+    assert cfg.GRAD_CLIP == 2
     assert (cfg.ARCHITECTURE, cfg.LR, cfg.EPOCHS) == ("dynunet", 1e-4, 7)
-    monkeypatch.setitem(RECIPES, "mine", "--recipe native --overwrite")
-    with pytest.raises(ValueError, match="RECIPES: mine: expected settings, got overwrite"):
-        parse_command_line(["--recipe", "mine"])
+    for wrong, told in (("--recipe native --overwrite", "overwrite"), ("--recipe mine", "--rec")):
+        monkeypatch.setitem(RECIPES, "mine", wrong)
+        with pytest.raises(ValueError, match=f"RECIPES: mine: expected settings, got {told}"):
+            parse_command_line(["--recipe", "mine"])
 
 
 # What a user may write into Config: the value that is used.

@@ -321,7 +321,7 @@ def test_prediction_tells_what_its_reader_must_know(finished, predict, tmp_path)
     far = "voxels of 0.69 x 0.69 x 3 mm, far from the training scans' 1 x 1 x 1 mm"
     assert f"Warning: {new} has {far}" in out
     assert f"Warning: {bare}: the scan is stripped of the skull" in out
-    assert f"Warning: {full}: it seems to hold no air" in out
+    assert f"Warning: {full}: it holds no air" in out
     assert out.count("Warning:") == 3
     for row in rows:
         assert re.fullmatch(r"[\d.e-]+", row["volume_ml"])

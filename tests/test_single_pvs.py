@@ -129,7 +129,7 @@ def test_centreline_dice_of_equal_disjoint_and_broken_tubes():
     assert train_pvs.calculate_cldice(broken, tube) == expected
 
 
-def test_participants_are_joined_by_id_and_session(tmp_path, caplog):
+def test_participants_are_joined_by_id_and_session(tmp_path):
     (tmp_path / "participants.tsv").write_bytes(b"participant_id\tage\tname\r\nsub-1\t61\t\xe9\r\n")
     rows = [{"participant_id": f"sub-{n}", "name": "own"} for n in (1, 2)]
     joined = train_pvs.join_participants(rows, 2 * [str(tmp_path)])
@@ -137,10 +137,9 @@ def test_participants_are_joined_by_id_and_session(tmp_path, caplog):
     assert train_pvs.join_participants(rows, 2 * ["/nowhere"]) == rows
     # By session, where there are rows of sessions; of two rows that fit none is chosen.
     lines = ["participant_id\tsession_id\tage", "sub-1\tses-1\t50", "1\t2\t55", "B-2\t\t60"]
-    lines += ["sub-3\t\t70", "sub-3\t\t71"]
+    lines += ["sub-3\t\t70", "sub-3\t\t71", "4\tn/a\t80"]
     (tmp_path / "participants.tsv").write_text("\n".join(lines))
-    names = ("sub-1_ses-1", "sub-1_ses-2", "sub-1", "sub-B2_ses-1", "sub-3")
+    names = ("sub-4_ses-1", "sub-1_ses-1", "sub-1_ses-2", "sub-1", "sub-B2_ses-1", "sub-3")
     rows = [{"participant_id": name.split("_")[0], "name": name} for name in names]
-    joined = train_pvs.join_participants(rows, 5 * [str(tmp_path)])
-    assert [row["age"] for row in joined] == ["50", "55", None, "60", None]
-    assert caplog.messages[-1].endswith("participants.tsv: no row, or several, for sub-1 sub-3")
+    joined = train_pvs.join_participants(rows, 6 * [str(tmp_path)])
+    assert [row["age"] for row in joined] == ["80", "50", "55", None, "60", None]
