@@ -800,7 +800,9 @@ class Screen(logging.Handler):
         """Print a message; a screen that is gone ends no run."""
         stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
         with suppress(OSError, ValueError):
-            (tqdm.write if sys.stderr.isatty() else print)(self.format(record), file=stream)
+            clear = "\r\x1b[K" * stream.isatty()  # what a signal has left of a bar
+            told = clear + self.format(record)
+            (tqdm.write if sys.stderr.isatty() else print)(told, file=stream)
             stream.flush()
 
 
