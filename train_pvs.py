@@ -1068,9 +1068,8 @@ def read_scan(path):
     cautions = [] if np.allclose(sides, pixdim, rtol=0.01) else [f"{told}, which is used"]
     dark, bright = np.percentile(volume[::2, ::2, ::2], (1, 99))
     if low >= 0 and dark > 0.2 * bright and (volume <= dark).mean() < 0.1:
-        cautions.append(
-            "it holds no air, or air far above 0: without, dark tissue is taken for air"
-        )
+        told = "it holds no air, or air far above 0; without air dark tissue is lost: "
+        cautions.append(told + "give the whole scan")
     if "centred grid" in readings(header):
         cautions.append("its qform and sform code are 0: left and right are unknown")
     return image, [f"{path}: {caution}" for caution in cautions]
@@ -2162,9 +2161,8 @@ def warn_of_subjects(cases, contents, cfg):
     seen = {name.split("_")[0] for name in itertools.chain(*scans)}
     again = " ".join(case.name for case in cases if case.subject in seen)
     if again:
-        log.warning(
-            "Warning: other scans of these were trained or chosen with, it seems: %s", again
-        )
+        told = "Warning: no independent test, it seems, since other scans of these subjects were "
+        log.warning(told + "trained or chosen with: %s", again)
 
 
 def seen_hashes(contents, *parts):

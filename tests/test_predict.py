@@ -222,7 +222,7 @@ def test_scans_are_known_by_voxels_and_unseen_ones_tested(copied, predict, finis
     assert re.search(f"Not tested .*{' '.join(seen)}", out)
     save_subject(copied.data, "sub-777", *make_head(seed=7))
     save_subject(copied.data, seen[0], *make_head(seed=8))  # scanned again
-    told = f"Warning: other scans of these were trained or chosen with, it seems: {seen[0]}\n"
+    told = f"other scans of these subjects were trained or chosen with: {seen[0]}\n"
     assert told in done(evaluate("--overwrite"))
     tested = [row["participant_id"] for row in scores(tmp_path / "out")["subjects"]]
     assert tested == [*sorted([*finished.split["test"], seen[0]]), "sub-777"]
