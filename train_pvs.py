@@ -2354,7 +2354,8 @@ def open_tensorboard(run, history):
     from torch.utils.tensorboard import SummaryWriter
 
     log.info("TensorBoard     tensorboard --logdir %s", run.board)
-    board = SummaryWriter(run.board, purge_step=len(history))
+    # Python loses a wake-up of its thread where a signal ends `put`; it looks again after seconds.
+    board = SummaryWriter(run.board, purge_step=len(history), flush_secs=1)
     for row in history[-1:]:
         write_scalars(board, row)
     return board

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 from html.parser import HTMLParser
 
 import numpy as np
@@ -153,6 +154,18 @@ def test_tensorboard_reads_the_history_also_of_a_resumed_run(run, data, tmp_path
         read = [(event.step, event.value) for event in reader.Scalars(tag)]
         known = [(row["epoch"], row[key]) for row in history if row[key] is not None]
         np.testing.assert_allclose(read, known, rtol=1e-6)
+
+
+def test_tensorboard_closes_in_seconds_after_a_signal_that_cost_its_thread_a_wake_up(tmp_path):
+    pytest.importorskip("tensorboard")
+    board = train_pvs.open_tensorboard(train_pvs.Run(tmp_path), [])
+    queue, left = board._get_file_writer().event_writer._async_writer._byte_queue, threading.Lock()
+    left.acquire()
+    queue.not_empty._waiters.appendleft(left)  # as an interrupted `notify` leaves it
+    closing = threading.Thread(target=board.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
 
 
 def test_run_without_tensorboard_says_so_and_goes_on(run, data, monkeypatch, no_figures):
