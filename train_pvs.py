@@ -120,6 +120,7 @@ class Network(Settings):
     ENCODER_NAME: str = "efficientnet-b7"  # efficientnet-b0 to efficientnet-b7
     ENCODER_DEPTH: int = 5  # halvings of the patch
     DECODER_WIDTH: int = 16  # channels at full resolution, doubled at halvings; dynunet: up to 320
+    DEEP_SUPERVISION: bool = False  # dynunet: a loss at each resolution, weights 1, 1/2, 1/4, ..
 
 
 class Training(Settings):
@@ -184,12 +185,12 @@ PUBLISHED = {
     **{"TEST_FRACTION": 0.05, "VAL_FRACTION": 0.0526, "FOLDS": 0, "FOLD": 0, "SEED": 123},
     **{"PIX_DIM": (1.5, 1.5, 1.5), "SPACING_TOLERANCE": 0.0, "IMG_PATCH_SIZE": (96, 96, 96)},
     **{"HEAD_DEPTH": 0.0, "INTENSITY_PERCENTILES": (0.5, 99.5), "SW_OVERLAP": 0.5},
-    **{"VAL_OVERLAP": 0.5, "ARCHITECTURE": "unetplusplus", "DECODER_WIDTH": 16},
+    **{"ARCHITECTURE": "unetplusplus", "DECODER_WIDTH": 16, "DEEP_SUPERVISION": False},
     **{"ENCODER_NAME": "efficientnet-b7", "ENCODER_DEPTH": 5, "ENCODER_WEIGHTS": "imagenet"},
     **{"INIT_FROM": "", "HEAD_BIAS_LOG_ODDS": False, "BATCHNORM_MOMENTUM": 0.0, "BATCH_SIZE": 2},
     **{"CROPS_PER_VOLUME": 4, "POS_NEG_RATIO": 2.0, "ACCUMULATE_STEPS": 1, "GRAD_CLIP": 1.0},
     **{"LR": 1e-3, "WEIGHT_DECAY": 1e-5, "LR_FACTOR": 0.5, "LR_PATIENCE": 5, "LR_MIN": 1e-6},
-    **{"VAL_EVERY": 1, "EARLY_STOPPING": 100, "LR_SCHEDULE": "plateau"},
+    **{"VAL_EVERY": 1, "VAL_OVERLAP": 0.5, "EARLY_STOPPING": 100, "LR_SCHEDULE": "plateau"},
     **{"AUGMENTATION": "published", "FLIP_AXES": "none", "EPOCHS": 1000, "MAX_MINUTES": 0.0},
     **{"TTA_FLIPS": "none", "THRESHOLD": 0.5, "SMALLEST_PVS": 0.0, "SAVE_PROBABILITIES": False},
     **{"DEVICE": "auto", "ENGINE": "torch", "AMP": True, "SW_BATCH_SIZE": 4},
@@ -201,7 +202,7 @@ RECIPES = {  # named sets of flags, chosen with --recipe; yours may begin with t
     "native": "--pix-dim 0 --spacing-tolerance 0.3 --head-depth 170 --architecture dynunet "
     "--encoder-depth 4 --decoder-width 32 --encoder-weights none --head-bias-log-odds "
     "--augmentation native --flip-axes x --tta-flips windows --lr 3e-3 --lr-schedule poly "
-    "--val-every 5 --val-overlap 0.25",
+    "--val-every 5 --val-overlap 0.25 --deep-supervision",
     # Minutes on a laptop's CPU. With EfficientNet's BatchNorm momentum of 0.01 the statistics of so
     # short a run are those of its start; without the bias its Dice stays at 0 for long.
     "demo": "--test-fraction 0.25 --val-fraction 0.16 --pix-dim 1 --img-patch-size 32 --epochs 18 "
@@ -228,9 +229,9 @@ SMALLEST_SIDE, LARGEST_SIDE = 0.1, 20  # mm, of the working grid's voxels
 FLIPS = {"none": (), "x": (0,), "y": (1,), "z": (2,)}
 FLIPS |= {"xy": (0, 1), "xz": (0, 2), "yz": (1, 2), "xyz": (0, 1, 2)}
 
-NETWORKS = {  # ARCHITECTURE, made by build_..: its output's bias, its name in BIDS' `desc`, in text
-    "unetplusplus": ("segmentation_head.0.bias", "unetpp", "UNet++"),
-    "dynunet": ("output_block.conv.conv.bias", "dynunet", "DynUNet"),
+NETWORKS = {  # ARCHITECTURE, made by build_..: its outputs' bias, its name in BIDS' `desc`, in text
+    "unetplusplus": (r"segmentation_head\.0\.bias", "unetpp", "UNet++"),
+    "dynunet": (r"(output_block|\w+_heads\.\d)\.conv\.conv\.bias", "dynunet", "DynUNet"),
 }
 
 HOW_TO_GET_DATA = """\
@@ -1635,13 +1636,24 @@ def build_unetplusplus(cfg):
     return smp.UnetPlusPlus(cfg.ENCODER_NAME, cfg.ENCODER_DEPTH, classes=1, **settings)
 
 
+class SupervisedDynUNet(DynUNet):
+    """MONAI's, but in training its smaller outputs are given as they are, not enlarged."""
+
+    def forward(self, image):
+        """Return logits (B, 1, H, W, D); in training a list of them and (.., H/2, W/2, D/2), .."""
+        outputs = [self.output_block(self.skip_layers(image)), *self.heads]
+        self.heads[:] = len(self.heads) * [None]  # they would keep what the gradient needs
+        return outputs if self.training else outputs[0]
+
+
 def build_dynunet(cfg):
     """Return MONAI's U-Net after nnU-Net (Isensee et al. 2021, 10.1038/s41592-020-01008-z)."""
-    depth = cfg.ENCODER_DEPTH
+    depth, smaller = cfg.ENCODER_DEPTH, (cfg.ENCODER_DEPTH - 1) * cfg.DEEP_SUPERVISION  # outputs
     filters = [min(cfg.DECODER_WIDTH * 2**i, 320) for i in range(depth + 1)]
     settings = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "filters": filters}
-    strides = {"strides": [1] + depth * [2], "upsample_kernel_size": depth * [2]}
-    return DynUNet(kernel_size=(depth + 1) * [3], **strides, **settings)
+    settings |= {"strides": [1] + depth * [2], "upsample_kernel_size": depth * [2]}
+    settings |= {"deep_supervision": smaller > 0, "deep_supr_num": smaller}
+    return SupervisedDynUNet(kernel_size=(depth + 1) * [3], **settings)
 
 
 def build_model(cfg, pretrained=True):
@@ -1688,11 +1700,13 @@ def load_encoder_weights(encoder, cfg):
 
 
 def start_at_log_odds(model, cases, cfg):
-    """Set the output's bias so that the first prediction is the training masks' mean."""
+    """Set the outputs' bias so that the first prediction is the training masks' mean."""
     total = sum(load_cached(case)["label"].numel() for case in cases)
     labelled = min(max(sum(case.working_voxels for case in cases), 1), total - 1)
-    bias = model.get_parameter(NETWORKS[cfg.ARCHITECTURE][0])
-    nn.init.constant_(bias, math.log(labelled / (total - labelled)))
+    output = re.compile(NETWORKS[cfg.ARCHITECTURE][0])
+    for name, bias in model.named_parameters():
+        if output.fullmatch(name):
+            nn.init.constant_(bias, math.log(labelled / (total - labelled)))
 
 
 # -------------------------------------------------------------------------------- Loss and metrics
@@ -1702,6 +1716,19 @@ def start_at_log_odds(model, cases, cfg):
 loss_function = DiceCELoss(
     sigmoid=True, batch=True, smooth_nr=1, smooth_dr=1, lambda_dice=0.5, lambda_ce=0.5
 )
+
+
+def supervise(outputs, label):
+    """Return the loss of a list of logits, the first like `label`, others with half the sides each.
+
+    A larger voxel is PVS if one in it is. The weights 1, 1/2, 1/4, .. are scaled to the sum 1.
+    """
+    total = loss_function(outputs[0].float(), label)
+    for i, logits in enumerate(outputs[1:], 1):
+        label = nn.functional.max_pool3d(label, 2)
+        total = total + loss_function(logits.float(), label) / 2**i
+    return total / sum(1 / 2**i for i in range(len(outputs)))
+
 
 METRICS = {"dice": "Dice", "iou": "IoU", "precision": "precision", "recall": "recall"}
 EMPTY_MASKS = (  # so that neither a missed nor an invented finding drops out of a mean
@@ -2252,8 +2279,9 @@ def train_one_epoch(model, state, loader, epoch):
         state.set_rate(step / len(loader))
         label = batch["label"].to(device, non_blocking=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(network_input(batch["image"], device, cfg))
-        loss = loss_function(logits.float(), label)
+            outputs = model(network_input(batch["image"], device, cfg))
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        loss = supervise(outputs, label)
         place = step % cfg.ACCUMULATE_STEPS
         group = min(cfg.ACCUMULATE_STEPS, len(loader) - step + place)  # batches of this step
         seen = batch["name"] + (seen if place else [])
@@ -2263,7 +2291,7 @@ def train_one_epoch(model, state, loader, epoch):
         check_finite(losses[-1], "loss", epoch, batch["name"])
         if place + 1 == group:
             check_finite(state.step(), "gradient", epoch, seen)
-        pred, true = logits.detach() > 0, label > 0.5
+        pred, true = outputs[0].detach() > 0, label > 0.5
         counts += torch.stack([(pred & true).sum(), pred.sum() + true.sum()]).tolist()
     hits, both = sum(gather([counts])).tolist()
     return float(np.mean(gather(losses))), 2 * hits / max(both, 1)

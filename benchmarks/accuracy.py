@@ -62,6 +62,9 @@ ROWS = {
     "lower rate": Row("native with the published learning rate", "--lr 1e-3"),
     "published patches": Row("native with these, not its own", "--augmentation published"),
     "no bias field": Row("native without it in the augmentation", without=("bias",)),
+    "no deep supervision": Row(
+        "native with the loss at full resolution alone", "--no-deep-supervision"
+    ),
     "no blur": Row("native without it in the augmentation", without=("blur",)),
     NNUNET: Row("nnU-Net, its own plan cut to the same patches and channels, mirrored"),
 }

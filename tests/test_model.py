@@ -111,8 +111,7 @@ def masks(tmp_path, *sizes):
 
 
 def test_bias_of_the_output_layer_starts_at_the_labelled_fraction(tiny_config, tmp_path):
-    # (3 + 7) of (1000 + 3000) voxels, which is not the mean of 3/1000 and 7/3000. With a decoder
-    # of one channel other layers' biases have the shape of the output's.
+    # (3 + 7) of (1000 + 3000) voxels; with one channel other biases have the shape of the output's.
     cases = masks(tmp_path, (3, 1000), (7, 3000))
     names = {"unetplusplus": "segmentation_head.0.bias", "dynunet": "output_block.conv.conv.bias"}
     for architecture, name in names.items():
@@ -124,6 +123,27 @@ def test_bias_of_the_output_layer_starts_at_the_labelled_fraction(tiny_config, t
             after = model.state_dict()
             assert [key for key in before if not torch.equal(before[key], after[key])] == [name]
             assert after[name].tolist() == pytest.approx([math.log(10 / 3990)])
+    model = train_pvs.build_model(train_pvs.replace(cfg, DEEP_SUPERVISION=True))
+    train_pvs.start_at_log_odds(model, cases, cfg)  # all three outputs'
+    biases = [weights.tolist() for key, weights in model.named_parameters() if "conv.bias" in key]
+    assert biases == 3 * [[pytest.approx(math.log(10 / 3990))]]
     for labelled in (0, 1000):  # all masks are empty, or full: as if a voxel were not
         train_pvs.start_at_log_odds(model, masks(tmp_path, (labelled, 1000)), cfg)
         assert abs(model.get_parameter(name).item()) == pytest.approx(math.log(999), rel=1e-5)
+
+
+def test_deep_supervision_weighs_the_loss_of_each_resolution_and_ends_with_training(tiny_config):
+    cfg = tiny_config(ARCHITECTURE="dynunet", ENCODER_DEPTH=4, DEEP_SUPERVISION=True)
+    model, image = train_pvs.build_model(cfg), torch.rand(2, 1, 32, 32, 32)
+    outputs, label, total = model.train()(image), torch.zeros(2, 1, 32, 32, 32), 0
+    label[0, 0, 9, 5, 30] = 1  # one voxel is one at each resolution
+    for output, weight, side in zip(outputs, (8, 4, 2, 1), (32, 16, 8, 4), strict=True):
+        small = torch.zeros(2, 1, side, side, side)
+        small[0, 0, 9 * side // 32, 5 * side // 32, 30 * side // 32] = 1
+        total += weight / 15 * train_pvs.loss_function(output, small)
+    torch.testing.assert_close(train_pvs.supervise(outputs, label), total)
+    train_pvs.supervise(outputs, label).backward()
+    assert [name for name, weights in model.named_parameters() if weights.grad is None] == []
+    alone = train_pvs.build_model(train_pvs.replace(cfg, DEEP_SUPERVISION=False)).eval()
+    assert alone.load_state_dict(model.state_dict(), strict=False).missing_keys == []
+    torch.testing.assert_close(model.eval()(image), alone(image), rtol=0, atol=0)
