@@ -224,8 +224,7 @@ def test_cases(predictor, folder, split):
             tell(f"{case.name}   native Dice {row['native_dice']:.4f}")
             rows.append(row)
             dices.append(at_thresholds)
-    best = accuracy.THRESHOLDS[np.mean(dices, 0).argmax()]
-    return {"subjects": rows, "best_threshold": round(float(best), 1)}
+    return {"subjects": rows} | accuracy.choose_threshold(dices)
 
 
 def run(seed, options):

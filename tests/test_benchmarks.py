@@ -60,7 +60,7 @@ def test_accuracy_measures_rows_on_two_scanners_and_does_nothing_twice(accuracie
             assert [head["participant_id"] for head in tested] == ["sub-004", "sub-005"]
             mean = np.mean([head["native_dice"] for head in tested])
             assert row[1].startswith(f"{mean:.3f} (")
-            assert row[-2:] == [str(result[name]["best_threshold"]), "1"]  # epoch
+            assert row[-2:] == [accuracy.describe_threshold(result[name]), "1"]  # epoch
     places = (folder / "native-1", folder / "one-view-1" / "same")
     views = [json.loads(train_pvs.Run(place).scores.read_text())["config"] for place in places]
     assert [config["TTA_FLIPS"] for config in views] == ["windows", "none"]
