@@ -1721,7 +1721,9 @@ loss_function = DiceCELoss(
 def supervise(outputs, label):
     """Return the loss of a list of logits, the first like `label`, others with half the sides each.
 
-    A larger voxel is PVS if one in it is. The weights 1, 1/2, 1/4, .. are scaled to the sum 1.
+    A larger voxel is PVS if one in it is: the nearest one's label, as in nnU-Net and MONAI's
+    DeepSupervisionLoss, loses half of simulated PVS at half the sides, 86 % at a quarter. The
+    weights 1, 1/2, 1/4, .. are scaled to the sum 1.
     """
     total = loss_function(outputs[0].float(), label)
     for i, logits in enumerate(outputs[1:], 1):
