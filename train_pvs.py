@@ -120,7 +120,7 @@ class Network(Settings):
     ENCODER_NAME: str = "efficientnet-b7"  # efficientnet-b0 to efficientnet-b7
     ENCODER_DEPTH: int = 5  # halvings of the patch
     DECODER_WIDTH: int = 16  # channels at full resolution, doubled at halvings; dynunet: up to 320
-    DEEP_SUPERVISION: bool = False  # dynunet: a loss at each resolution, weights 1, 1/2, 1/4, ..
+    DEEP_SUPERVISION: bool = False  # dynunet: a loss at each level but the last, weights 1, 1/2 ..
 
 
 class Training(Settings):
@@ -229,9 +229,9 @@ SMALLEST_SIDE, LARGEST_SIDE = 0.1, 20  # mm, of the working grid's voxels
 FLIPS = {"none": (), "x": (0,), "y": (1,), "z": (2,)}
 FLIPS |= {"xy": (0, 1), "xz": (0, 2), "yz": (1, 2), "xyz": (0, 1, 2)}
 
-NETWORKS = {  # ARCHITECTURE, made by build_..: its outputs' bias, its name in BIDS' `desc`, in text
+NETWORKS = {  # made by build_..: pattern of its outputs' biases, its name in BIDS' `desc`, in text
     "unetplusplus": (r"segmentation_head\.0\.bias", "unetpp", "UNet++"),
-    "dynunet": (r"(output_block|\w+_heads\.\d)\.conv\.conv\.bias", "dynunet", "DynUNet"),
+    "dynunet": (r"(output_block|deep_\w+_heads\.\d)\.conv\.conv\.bias", "dynunet", "DynUNet"),
 }
 
 HOW_TO_GET_DATA = """\
@@ -348,7 +348,7 @@ def choices(device):
 def check_config(cfg, problems, starts=True):
     """Add a sentence to `problems`, {field: sentence}, for each wrong setting that has none yet."""
     divisor, known = 2 ** np.clip(cfg.ENCODER_DEPTH, 3, 5), choices(cfg.DEVICE)
-    dark, bright = cfg.INTENSITY_PERCENTILES
+    (dark, bright), dynunet = cfg.INTENSITY_PERCENTILES, cfg.ARCHITECTURE == "dynunet"
     patch = [side >= 2 * divisor and side % divisor == 0 for side in cfg.IMG_PATCH_SIZE]
     sides = tuple(np.clip(cfg.PIX_DIM, SMALLEST_SIDE, LARGEST_SIDE))
     output, data = map(os.path.realpath, (cfg.OUTPUT_DIR, cfg.DATA_DIR))
@@ -366,6 +366,7 @@ def check_config(cfg, problems, starts=True):
         ("INIT_FROM", start or not cfg.INIT_FROM, "a checkpoint that exists"),
         ("ENCODER_WEIGHTS", weights, "imagenet, none, or a file"),
         *((name, getattr(cfg, name) in c, " or ".join(c)) for name, c in known.items()),
+        ("DEEP_SUPERVISION", dynunet or not cfg.DEEP_SUPERVISION, "False with unetplusplus"),
         ("TTA_FLIPS", FLIPS.get(cfg.FLIP_AXES) or not mirrored, "none without FLIP_AXES"),
         ("FOLDS", cfg.FOLDS == 0 or 2 <= cfg.FOLDS <= 1000, "2 to 1000, or 0"),
         ("FOLD", min(cfg.FOLDS, 1) <= cfg.FOLD <= cfg.FOLDS, fold),
@@ -1642,22 +1643,26 @@ class SupervisedDynUNet(DynUNet):
     def forward(self, image):
         """Return logits (B, 1, H, W, D); in training a list of them and (.., H/2, W/2, D/2), .."""
         outputs = [self.output_block(self.skip_layers(image)), *self.heads]
-        self.heads[:] = len(self.heads) * [None]  # they would keep what the gradient needs
+        self.heads[:] = len(self.heads) * [None]  # else a trained network cannot be copied
         return outputs if self.training else outputs[0]
 
 
 def build_dynunet(cfg):
     """Return MONAI's U-Net after nnU-Net (Isensee et al. 2021, 10.1038/s41592-020-01008-z)."""
-    depth, smaller = cfg.ENCODER_DEPTH, (cfg.ENCODER_DEPTH - 1) * cfg.DEEP_SUPERVISION  # outputs
+    depth = cfg.ENCODER_DEPTH
+    smaller = depth - 1 if cfg.DEEP_SUPERVISION else 0  # outputs
     filters = [min(cfg.DECODER_WIDTH * 2**i, 320) for i in range(depth + 1)]
     settings = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "filters": filters}
     settings |= {"strides": [1] + depth * [2], "upsample_kernel_size": depth * [2]}
-    settings |= {"deep_supervision": smaller > 0, "deep_supr_num": smaller}
+    settings |= {"deep_supervision": cfg.DEEP_SUPERVISION, "deep_supr_num": smaller}
     return SupervisedDynUNet(kernel_size=(depth + 1) * [3], **settings)
 
 
 def build_model(cfg, pretrained=True):
-    """Return the network, images (B, 1, H, W, D) in [0, 1] to logits of that shape, on the CPU."""
+    """Return the network, images (B, 1, H, W, D) in [0, 1] to logits of that shape, on the CPU.
+
+    In training it may return a list, of which each has half the sides of the one before.
+    """
     torch.manual_seed(cfg.SEED)  # of all weights but those of ENCODER_WEIGHTS
     model = globals()["build_" + cfg.ARCHITECTURE](cfg)
     if cfg.ARCHITECTURE == "unetplusplus" and cfg.ENCODER_WEIGHTS != "none" and pretrained:
@@ -1700,13 +1705,14 @@ def load_encoder_weights(encoder, cfg):
 
 
 def start_at_log_odds(model, cases, cfg):
-    """Set the outputs' bias so that the first prediction is the training masks' mean."""
+    """Set the outputs' bias to what makes the first prediction the training masks' mean."""
     total = sum(load_cached(case)["label"].numel() for case in cases)
     labelled = min(max(sum(case.working_voxels for case in cases), 1), total - 1)
     output = re.compile(NETWORKS[cfg.ARCHITECTURE][0])
-    for name, bias in model.named_parameters():
-        if output.fullmatch(name):
-            nn.init.constant_(bias, math.log(labelled / (total - labelled)))
+    biases = [weights for name, weights in model.named_parameters() if output.fullmatch(name)]
+    require(biases, f"NETWORKS: {cfg.ARCHITECTURE} has no layer {output.pattern}")
+    for bias in biases:
+        nn.init.constant_(bias, math.log(labelled / (total - labelled)))
 
 
 # -------------------------------------------------------------------------------- Loss and metrics
@@ -1719,11 +1725,11 @@ loss_function = DiceCELoss(
 
 
 def supervise(outputs, label):
-    """Return the loss of a list of logits, the first like `label`, others with half the sides each.
+    """Return the loss of logits (B, 1, H, W, D), (B, 1, H/2, W/2, D/2), .. for the first's label.
 
-    A larger voxel is PVS if one in it is: the nearest one's label, as in nnU-Net and MONAI's
-    DeepSupervisionLoss, loses half of simulated PVS at half the sides, 86 % at a quarter. The
-    weights 1, 1/2, 1/4, .. are scaled to the sum 1.
+    A larger voxel is PVS if a voxel in it is. With the nearest voxel's label, as in nnU-Net and
+    MONAI's DeepSupervisionLoss, half of the simulated PVS vanish at half resolution, 86 % at a
+    quarter. The weights 1, 1/2, 1/4, .. are scaled to the sum 1.
     """
     total = loss_function(outputs[0].float(), label)
     for i, logits in enumerate(outputs[1:], 1):
@@ -2384,7 +2390,7 @@ def open_tensorboard(run, history):
     from torch.utils.tensorboard import SummaryWriter
 
     log.info("TensorBoard     tensorboard --logdir %s", run.board)
-    # Python loses a wake-up of its thread where a signal ends `put`; it looks again after seconds.
+    # A signal that ends its `put` may cost its thread the wake-up to close: it sleeps flush_secs.
     board = SummaryWriter(run.board, purge_step=len(history), flush_secs=1)
     for row in history[-1:]:
         write_scalars(board, row)

@@ -333,7 +333,7 @@ def compare_plain(bench, cfg):
 def compare_tests(bench):
     """Add the rows of a head's test by a small network of the recipe native."""
     small = {"ARCHITECTURE": "dynunet", "ENCODER_DEPTH": 3, "FLIP_AXES": "x", "HEAD_DEPTH": 170.0}
-    cfg = bench.settings(HEAD_MM, TTA_FLIPS="windows", **small)
+    cfg = bench.settings(HEAD_MM, TTA_FLIPS="windows", DEEP_SUPERVISION=True, **small)
     full = replace(cfg, TTA_FLIPS="full")
     eight, model = replace(full, FLIP_AXES="xyz", HEAD_DEPTH=0.0), build_model(cfg)
     short, whole = (train_pvs.load_cached(prepare_heads(c)[-1])["image"] for c in (cfg, eight))

@@ -103,7 +103,8 @@ def test_accuracys_table_has_means_and_paired_differences_over_heads_and_seeds(t
         for seed in (1, 2):
             rows = [{"native_dice": d, "volume_ml_error_percent": -100 * d, "lesion_f1_any": 0.5}
                     for d in dices[2 * seed - 2 : 2 * seed]]  # fmt: skip
-            result = {"same": {"subjects": rows, "best_threshold": 0.4}, "epochs": 7}
+            best = accuracy.choose_threshold(2 * [[0.1, 0.2, 0.3, 0.42, 0.4, 0.4, 0.3, 0.2, 0.1]])
+            result = {"same": {"subjects": rows} | best, "epochs": 7}
             path = tmp_path / "heads" / f"{row}-{seed}" / "result.json"
             accuracy.write_json(path, result | {"other": result["same"]})
 
@@ -113,11 +114,11 @@ def test_accuracys_table_has_means_and_paired_differences_over_heads_and_seeds(t
     accuracy.write_json(tmp_path / "heads" / "settings.json", told)
     accuracy.write_tables(tmp_path, tmp_path / "table.md")
     published, native = rows_of(tmp_path / "table.md", "recipe")[:2]
-    # Means 0.2 and 0.65; differences -0.4, -0.4, -0.5, -0.5; of seeds 0.15, 0.25 and 0.55, 0.75
-    # the spread. Both seeds and both heads are drawn: the interval spans all means of them.
+    # Differences -0.4, -0.4, -0.5, -0.5: the interval spans all means of drawn seeds and heads.
     assert published[1:4] == ["0.200 (0.100 to 0.300)", "0.500 (0.500 to 0.500)", "20 (10 to 30)"]
     assert published[4:] == [
-        "-0.450 (-0.500 to -0.400)", "+0.000 (+0.000 to +0.000)", "0.100", "0.4, 0.4", "7, 7"
+        "-0.450 (-0.500 to -0.400)", "+0.000 (+0.000 to +0.000)", "0.100",
+        "0.4 (+0.020), 0.4 (+0.020)", "7, 7",
     ]  # fmt: skip
     assert [native[1][:7], *native[4:7]] == ["0.650 (", "", "", "0.200"]
 

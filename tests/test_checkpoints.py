@@ -111,7 +111,7 @@ FIXED = """--test-fraction 0.3 --val-fraction 0.3 --seed 9 --pix-dim 1 1 0.9 --s
 --accumulate-steps 2 --batchnorm-momentum 0.2 --lr 0.5 --weight-decay 0.1 --grad-clip 3
 --lr-factor 0.6 --lr-patience 4 --lr-min 1e-7 --val-every 2 --val-overlap 0.3 --early-stopping 5
 --split other.json --init-from other.pth --augmentation native --flip-axes x --lr-schedule poly
---no-head-bias-log-odds"""  # what only another training can change, other than in TINY
+--no-head-bias-log-odds --deep-supervision"""  # only another training can change them
 MORE = "--epochs 9 --max-minutes 7 --folds 5 --fold 1"  # other than with --resume
 FREE = "--tta-flips none --threshold 0.4 --smallest-pvs 2 --no-amp --sw-batch-size 2"
 

@@ -84,7 +84,7 @@ def test_flag_reaches_its_field_in_its_type():
             wanted = OTHER[name] if name in OTHER else default + step
             flags = [flag_of(name), *words_of(wanted)]
         also = {"FOLDS": "--fold 1", "FOLD": "--folds 5", "TTA_FLIPS": "--flip-axes x"}
-        cfg, _ = parse_command_line([*flags, *also.get(name, "").split()])
+        cfg, _ = parse_command_line([*flags, *also.get(name, "--architecture dynunet").split()])
         assert getattr(cfg, name) == wanted != default, name
         assert type(getattr(cfg, name)) is type(default), name
 

@@ -160,9 +160,8 @@ def test_tensorboard_reads_the_history_also_of_a_resumed_run(run, data, tmp_path
 def test_tensorboard_closes_in_seconds_after_a_signal_that_cost_its_thread_a_wake_up(tmp_path):
     pytest.importorskip("tensorboard")
     board = train_pvs.open_tensorboard(train_pvs.Run(tmp_path), [])
-    queue, left = board._get_file_writer().event_writer._async_writer._byte_queue, threading.Lock()
-    left.acquire()
-    queue.not_empty._waiters.appendleft(left)  # as an interrupted `notify` leaves it
+    queue = board._get_file_writer().event_writer._async_writer._byte_queue
+    queue.not_empty._waiters.appendleft(threading.Semaphore(0))  # left by an interrupted `notify`
     start = time.monotonic()
     board.close()
     assert time.monotonic() - start < 20  # TensorBoard's own pause is 120 s

@@ -108,7 +108,7 @@ def test_bfloat16_gradients_of_every_layer_are_right_where_it_is_used(tiny_confi
         *(("dynunet", 3, (32, 16, 16)), ("dynunet", 3, (24, 8, 16))),
     ):
         settings = {"ARCHITECTURE": architecture, "ENCODER_DEPTH": depth, "IMG_PATCH_SIZE": sides}
-        cfg = tiny_config(**settings, DECODER_WIDTH=8)
+        cfg = tiny_config(**settings, DECODER_WIDTH=8, DEEP_SUPERVISION=architecture == "dynunet")
         assert train_pvs.autocast_dtype(torch.device("cpu"), cfg) == torch.bfloat16
         image = torch.rand(4, 1, *sides, generator=torch.Generator().manual_seed(0))
         batch = {"image": image, "label": (image > 0.9).float(), "name": ["a"]}
