@@ -120,7 +120,7 @@ class Network(Settings):
     ENCODER_NAME: str = "efficientnet-b7"  # efficientnet-b0 to efficientnet-b7
     ENCODER_DEPTH: int = 5  # halvings of the patch
     DECODER_WIDTH: int = 16  # channels at full resolution, doubled at halvings; dynunet: up to 320
-    DEEP_SUPERVISION: bool = False  # dynunet: a loss at each level but the last, weights 1, 1/2 ..
+    DEEP_SUPERVISION: bool = False  # dynunet: losses at all levels but the deepest, 1, 1/2, 1/4 ..
 
 
 class Training(Settings):
@@ -2390,7 +2390,7 @@ def open_tensorboard(run, history):
     from torch.utils.tensorboard import SummaryWriter
 
     log.info("TensorBoard     tensorboard --logdir %s", run.board)
-    # A signal that ends its `put` may cost its thread the wake-up to close: it sleeps flush_secs.
+    # A signal within `put` may cost the thread that writes its next wake-up: it sleeps flush_secs.
     board = SummaryWriter(run.board, purge_step=len(history), flush_secs=1)
     for row in history[-1:]:
         write_scalars(board, row)
