@@ -120,7 +120,7 @@ class Network(Settings):
     ENCODER_NAME: str = "efficientnet-b7"  # efficientnet-b0 to efficientnet-b7
     ENCODER_DEPTH: int = 5  # halvings of the patch
     DECODER_WIDTH: int = 16  # channels at full resolution, doubled at halvings; dynunet: up to 320
-    DEEP_SUPERVISION: bool = False  # dynunet: losses at all levels but the deepest, 1, 1/2, 1/4 ..
+    DEEP_SUPERVISION: bool = False  # dynunet: a loss at each level but the deepest, weighted 1, 1/2
 
 
 class Training(Settings):
