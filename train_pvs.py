@@ -40,6 +40,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -348,7 +349,8 @@ def choices(device):
 def check_config(cfg, problems, starts=True):
     """Add a sentence to `problems`, {field: sentence}, for each wrong setting that has none yet."""
     divisor, known = 2 ** np.clip(cfg.ENCODER_DEPTH, 3, 5), choices(cfg.DEVICE)
-    (dark, bright), dynunet = cfg.INTENSITY_PERCENTILES, cfg.ARCHITECTURE == "dynunet"
+    (dark, bright), supervised = cfg.INTENSITY_PERCENTILES, cfg.DEEP_SUPERVISION
+    supervised &= cfg.ARCHITECTURE == "unetplusplus"
     patch = [side >= 2 * divisor and side % divisor == 0 for side in cfg.IMG_PATCH_SIZE]
     sides = tuple(np.clip(cfg.PIX_DIM, SMALLEST_SIDE, LARGEST_SIDE))
     output, data = map(os.path.realpath, (cfg.OUTPUT_DIR, cfg.DATA_DIR))
@@ -366,7 +368,7 @@ def check_config(cfg, problems, starts=True):
         ("INIT_FROM", start or not cfg.INIT_FROM, "a checkpoint that exists"),
         ("ENCODER_WEIGHTS", weights, "imagenet, none, or a file"),
         *((name, getattr(cfg, name) in c, " or ".join(c)) for name, c in known.items()),
-        ("DEEP_SUPERVISION", dynunet or not cfg.DEEP_SUPERVISION, "False with unetplusplus"),
+        ("DEEP_SUPERVISION", not supervised, "False with unetplusplus"),
         ("TTA_FLIPS", FLIPS.get(cfg.FLIP_AXES) or not mirrored, "none without FLIP_AXES"),
         ("FOLDS", cfg.FOLDS == 0 or 2 <= cfg.FOLDS <= 1000, "2 to 1000, or 0"),
         ("FOLD", min(cfg.FOLDS, 1) <= cfg.FOLD <= cfg.FOLDS, fold),
@@ -391,14 +393,17 @@ def process_number(name):
     return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
 
 
-def read_recipe(name, parser):
+def read_recipe(name, parser, changed=()):
     """Return the settings of a recipe and of the --recipe that it changes, if it names one."""
-    own = vars(parser.parse_args(RECIPES[name].split()))
-    base = own.pop("recipe")
-    others = [flag for flag, value in own.items() if value and flag.islower()]
-    others += [f"--recipe {name}"] * (base == name)
-    require(not others, f"RECIPES: {name}: expected settings, got {', '.join(others)}")
-    return (read_recipe(base, parser) if base else {}) | own
+    try:
+        own = vars(parser.parse_args(shlex.split(RECIPES[name])))
+        base = own.pop("recipe")
+        others = [flag for flag, value in own.items() if value and flag.islower()]
+        others += [f"--recipe {name}"] * (name in changed)
+        require(not others, f"expected settings, got {', '.join(others)}")
+    except ValueError as error:
+        raise ValueError(f"RECIPES: {name}: {error}") from None
+    return (read_recipe(base, parser, (*changed, name)) if base else {}) | own
 
 
 def parse_command_line(argv):
@@ -567,7 +572,7 @@ def workers(cfg):
 def has_level_of_side_2(cfg):
     """Return whether a dense 3 x 3 x 3 convolution of the network meets a first side of 2."""
     # torch 2.14.1 then gives noise as bfloat16 weight gradients on CPUs with AVX512_BF16.
-    levels = cfg.ENCODER_DEPTH + (cfg.ARCHITECTURE == "dynunet")  # UNet++'s deepest: depthwise only
+    levels = cfg.ENCODER_DEPTH + (cfg.ARCHITECTURE != "unetplusplus")  # its deepest is depthwise
     return cfg.IMG_PATCH_SIZE[0] in [2 ** (level + 1) for level in range(levels)]
 
 
@@ -634,7 +639,8 @@ OUT_OF_MEMORY += "--accumulate-steps 2, or smaller --crops-per-volume or --img-p
 
 def lacks_memory(error):
     """Return whether an error is that memory ran out, of the device or of this computer."""
-    told = "out of memory|not enough memory|allocate memory|MemoryError"  # in RuntimeErrors
+    told = "out of memory|not enough memory|allocate memory|MemoryError|"  # in RuntimeErrors
+    told += "ALLOC_FAILED|unable to find an engine|Seems to be OOM"  # cuDNN's words, and MONAI's
     return isinstance(error, MemoryError) or bool(re.search(told, str(error)))
 
 
@@ -758,7 +764,9 @@ class Run:
 
     def open(self, name, replaceable, anew=False):
         """Lock the folder, keep messages in logs/NAME.log; `anew`: `clear` drops former ones."""
-        if not first_process():
+        text = {"encoding": "utf-8", "errors": "replace"}
+        if not first_process():  # its errors alone, see `logging_to_screen`
+            log.addHandler(logging.FileHandler(self.logs / f"{name}.log", "a", delay=True, **text))
             return
         told = f"{self.folder}: there are results in the output folder already.\nTake another with "
         told += "--output-dir, or replace them with --overwrite"
@@ -773,7 +781,7 @@ class Run:
                 if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                     raise
                 log.warning("Warning: %s cannot be locked; start no second run", self.lock.name)
-            self.log, text = self.logs / f"{name}.log", {"encoding": "utf-8", "errors": "replace"}
+            self.log = self.logs / f"{name}.log"
             self.former = self.log.stat().st_size if anew and self.log.exists() else 0
             log.addHandler(logging.FileHandler(self.log, "a", **text))
         except BlockingIOError:
@@ -1393,7 +1401,9 @@ class CutPatches(mt.Randomizable, mt.Transform):
         return [sample(v[None], mode=m)[0] for v, m in zip(parts, INTERPOLATION, strict=True)]
 
 
-NATIVE_AUGMENTATION = {  # of images in [0, 1]; nnU-Net's own list is too much for short trainings
+# Of images in [0, 1]; nnU-Net's own list is too much for short trainings. What moves voxels takes
+# BOTH, mode=INTERPOLATION: labels stay 0 or 1.
+NATIVE_AUGMENTATION = {
     "noise": mt.RandGaussianNoised("image", prob=0.3, std=0.12, sample_std=True),
     "blur": mt.RandGaussianSmoothd("image", *3 * [(0.25, 0.75)], prob=0.1),
     "bias": mt.RandBiasFieldd("image", coeff_range=(-0.15, 0.15), prob=0.15),
@@ -1670,6 +1680,9 @@ def build_model(cfg, pretrained=True):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm3d) and cfg.BATCHNORM_MOMENTUM > 0:
             module.momentum = cfg.BATCHNORM_MOMENTUM
+    told = f"NETWORKS: {cfg.ARCHITECTURE}: expected a pattern of the output's bias in "
+    told += "named_parameters(); or use --no-head-bias-log-odds"
+    require(output_biases(model, cfg) or not cfg.HEAD_BIAS_LOG_ODDS, told)
     return model
 
 
@@ -1704,14 +1717,17 @@ def load_encoder_weights(encoder, cfg):
         raise ValueError(told) from None
 
 
+def output_biases(model, cfg):
+    """Return the biases of the outputs, one or, with deep supervision, several."""
+    output = re.compile(NETWORKS[cfg.ARCHITECTURE][0])
+    return [weights for name, weights in model.named_parameters() if output.fullmatch(name)]
+
+
 def start_at_log_odds(model, cases, cfg):
     """Set the outputs' bias to what makes the first prediction the training masks' mean."""
     total = sum(load_cached(case)["label"].numel() for case in cases)
     labelled = min(max(sum(case.working_voxels for case in cases), 1), total - 1)
-    output = re.compile(NETWORKS[cfg.ARCHITECTURE][0])
-    biases = [weights for name, weights in model.named_parameters() if output.fullmatch(name)]
-    require(biases, f"NETWORKS: {cfg.ARCHITECTURE} has no layer {output.pattern}")
-    for bias in biases:
+    for bias in output_biases(model, cfg):
         nn.init.constant_(bias, math.log(labelled / (total - labelled)))
 
 
@@ -2056,7 +2072,7 @@ def decide(prob, affine, cfg):
 # ------------------------------------------------------------------------------------- Checkpoints
 
 CHECKPOINT_KEYS = ("model", "config", "sha256", "history_row")  # what using a checkpoint takes
-LAST_KEYS = ("optimizer", "plateau", "scaler", "progress", "label_sha256")  # what going on takes
+LAST_KEYS = ("optimizer", "scaler", "progress", "label_sha256")  # what going on takes
 
 
 def package_versions(cfg=None):
@@ -2219,6 +2235,7 @@ class TrainState:
         self.cfg, self.model = cfg, model
         rates = {"lr": cfg.LR, "weight_decay": cfg.WEIGHT_DECAY, "fused": True}
         self.optimizer = torch.optim.AdamW(model.parameters(), **rates)
+        self.kind = type(self.optimizer).__name__
         falls = {"factor": cfg.LR_FACTOR, "patience": cfg.LR_PATIENCE, "min_lr": cfg.LR_MIN}
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, **falls)
         device = next(model.parameters()).device
@@ -2227,6 +2244,8 @@ class TrainState:
         self.parts = {"model": model, "optimizer": self.optimizer, "plateau": self.plateau}
         self.parts["scaler"], self.copies = self.scaler, None  # of them, see `save_epoch`
         last = last or {"progress": {"best_dice": -1.0, "waited": 0, "history": []}}
+        then = last.get("optimizer_kind", self.kind)
+        require(then == self.kind, f"cannot resume: the run began with {then}, not {self.kind}")
         self.progress = {"steps": 0} | last["progress"]
         for name, part in self.parts.items():
             if last.get(name):  # not at the start; a scaler that is in use now only has none
@@ -2269,7 +2288,7 @@ class TrainState:
 
 def check_finite(value, what, epoch, cases):
     """Raise a FloatingPointError, which names the cases, where a number is not finite."""
-    told = f"the {what} became {value} in epoch {epoch} with {', '.join(sorted(set(cases)))}. "
+    told = f"the {what} became {value} in epoch {epoch} with {', '.join(dict.fromkeys(cases))}. "
     told += "Nothing was saved from this epoch. Look at these scans, or start anew (--overwrite) "
     require(math.isfinite(value), told + "with a lower --lr or --no-amp.", FloatingPointError)
 
@@ -2280,20 +2299,22 @@ def train_one_epoch(model, state, loader, epoch):
     cfg, device = state.cfg, next(model.parameters()).device
     dtype, loader.batch_sampler.epoch = autocast_dtype(device, cfg), epoch
     losses, seen, counts = [], [], np.zeros(2, dtype=np.int64)  # voxels: hits, found + true
+    others = [] if model is state.model else ["or scans of another process"]  # gradients are shared
     seeds = [cfg.SEED, epoch, process_number("RANK")]
     torch.manual_seed(np.random.SeedSequence(seeds).generate_state(1)[0].item())
     progress = Progress(loader, f"epoch {epoch}, training")
     for step, batch in enumerate(progress):
         state.set_rate(step / len(loader))
         label = batch["label"].to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            outputs = model(network_input(batch["image"], device, cfg))
-        outputs = outputs if isinstance(outputs, list) else [outputs]
-        loss = supervise(outputs, label)
         place = step % cfg.ACCUMULATE_STEPS
         group = min(cfg.ACCUMULATE_STEPS, len(loader) - step + place)  # batches of this step
-        seen = batch["name"] + (seen if place else [])
-        state.scaler.scale(loss / group).backward()
+        seen = batch["name"] + (seen if place else others)
+        with nullcontext() if place + 1 == group or model is state.model else model.no_sync():
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                outputs = model(network_input(batch["image"], device, cfg))
+            outputs = outputs if isinstance(outputs, list) else [outputs]
+            loss = supervise(outputs, label)
+            state.scaler.scale(loss / group).backward()
         losses.append(float(loss.detach()))
         progress.set_postfix(loss=f"{np.mean(losses):.4f}", refresh=False)
         check_finite(losses[-1], "loss", epoch, batch["name"])
@@ -2423,14 +2444,18 @@ def train_and_validate(parallel, state, loader, val_cases, in_turn):
     return row
 
 
-def copy_of(part, old=None):
+def copy_of(part, old=None, copies=None):
     """Return a copy of what `state_dict` gives, in the computer's memory, or in an old copy's."""
+    copies = {} if copies is None else copies
     if isinstance(part, torch.Tensor):  # new memory for a gigabyte takes half a second
         fits = isinstance(old, torch.Tensor) and (old.shape, old.dtype) == (part.shape, part.dtype)
-        new = old if fits else torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
-        return new.copy_(part.detach())
+        place = part.data_ptr(), part.shape, part.stride(), part.dtype
+        if place not in copies:  # DynUNet's layers have two names each
+            new = old if fits else torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
+            copies[place] = new.copy_(part.detach())
+        return copies[place]
     if isinstance(part, dict):
-        return {key: copy_of(value, (old or {}).get(key)) for key, value in part.items()}
+        return {key: copy_of(val, (old or {}).get(key), copies) for key, val in part.items()}
     return [copy_of(value) for value in part] if isinstance(part, list) else part
 
 
@@ -2442,6 +2467,7 @@ def save_epoch(run, state, split, improved, in_turn):
     history, grid = progress["history"], {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
     content = {"config": asdict(cfg), "working_grid": grid, "versions": package_versions(cfg)}
     content |= {"history_row": history[-1], "processes": process_number("WORLD_SIZE")}
+    content["optimizer_kind"] = state.kind
     content["trained_on"] = describe_scans(split["train"], cfg)
     for key in ("sha256", "label_sha256"):  # of the voxels, by which scans are known again
         content[key] = {part: {c.name: getattr(c, key) for c in split[part]} for part in split}
@@ -2548,7 +2574,11 @@ def score_case(case, entry, working_pred, prob, pred, label):
         true, error = row[f"{burden}_label"], row[f"{burden}_pred"] - row[f"{burden}_label"]
         row[f"{burden}_error"] = error
         row[f"{burden}_error_percent"] = 100 * error / true if true else None
-    return row | calculate_boundary_metrics(pred, label, nib.affines.voxel_sizes(affine))
+    row |= calculate_boundary_metrics(pred, label, nib.affines.voxel_sizes(affine))
+    for key, value in row.items():  # a score of your own may be numpy's or torch's, or NaN
+        value = value.item() if hasattr(value, "item") else value
+        row[key] = value if value == value else None
+    return row
 
 
 FOUND = [*itertools.product(LESION_RULES, ("sensitivity", "precision", "f1"))]
@@ -2568,6 +2598,7 @@ SCORES = (
     ("nsd_1mm", "boundary nsd_1mm", "NSD 1 mm"),
     ("hd95_mm", "boundary hd95_mm", "HD95, mm"),
 )
+require(len({place for _, place, _ in SCORES}) == len(SCORES), "SCORES: two have the same place")
 
 
 def look_up(blocks, place):
@@ -3475,6 +3506,7 @@ def set_up_training(cfg, options):
     if last:
         warn_of_other_versions(last, cfg)
         load_weights(model, last, run.last)
+        TrainState(model, cfg, last)  # its errors now, not when the work has begun
     cases = [*itertools.chain(*split.values())]
     if not any(cfg.PIX_DIM):  # folds share a grid
         cfg = replace(cfg, PIX_DIM=own_spacing(cases if cfg.FOLDS else split["train"]))
@@ -3726,7 +3758,7 @@ def run_folds(argv, cfg):
 
 def main(argv=None, every_fold=False):
     """Run what the command line asks for; return the exit status. `every_fold`: as one of all."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     with logging_to_screen(), stopping_on_signals():
         cfg = options = work = None
         try:

@@ -218,9 +218,8 @@ def describe_mean(values, digits=3, sign=""):
 
 
 def describe_threshold(result):
-    """Return the best threshold, and what Dice gains by it where that was kept, in words."""
-    gain = result.get("threshold_gain")
-    return str(result["best_threshold"]) + (f" (+{gain:.3f})" if gain is not None else "")
+    """Return the best threshold and what Dice gains by it, in words."""
+    return f"{result['best_threshold']} (+{result['threshold_gain']:.3f})"
 
 
 def describe_row(row, results, name):

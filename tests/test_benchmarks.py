@@ -121,12 +121,6 @@ def test_accuracys_table_has_means_and_paired_differences_over_heads_and_seeds(t
     assert [native[1][:7], *native[4:7]] == ["0.650 (", "", "", "0.200"]
 
 
-def test_one_line_says_what_to_install_for_nnunet(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "nnunetv2", None)  # as if it were not installed
-    assert accuracy.main(["--rows", "native", accuracy.NNUNET]) == 2
-    assert capsys.readouterr() == ("", f"{accuracy.NO_NNUNET}\n")
-
-
 def test_nnunet_learns_from_no_test_head_and_is_scored_on_the_scans_grid(accuracies, tmp_path):
     split = json.loads((accuracies[1] / "split.json").read_text())
     cases = train_pvs.find_cases(train_pvs.Config(DATA_DIR=str(accuracies[2] / "data")))

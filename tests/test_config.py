@@ -104,9 +104,14 @@ def test_flag_wins_over_recipe_and_recipe_over_config(monkeypatch):
     cfg, _ = parse_command_line("--recipe mine --epochs 7".split())
     assert cfg.GRAD_CLIP == 2
     assert (cfg.ARCHITECTURE, cfg.LR, cfg.EPOCHS) == ("dynunet", 1e-4, 7)
-    for wrong, told in (("--recipe native --overwrite", "overwrite"), ("--recipe mine", "--rec")):
+    monkeypatch.setitem(RECIPES, "first-one", "--recipe mine")
+    got = "expected settings, got "
+    for wrong, told in (
+        *(("--recipe native --overwrite", f"{got}overwrite"), ("--recipe mine", f"{got}--recipe")),
+        *(("--recipe first-one", f"{got}--recipe mine"), ("--recipe natve", "argument --recipe: ")),
+    ):
         monkeypatch.setitem(RECIPES, "mine", wrong)
-        with pytest.raises(ValueError, match=f"RECIPES: mine: expected settings, got {told}"):
+        with pytest.raises(ValueError, match=f"^RECIPES: (mine|first-one): {told}"):
             parse_command_line(["--recipe", "mine"])
 
 

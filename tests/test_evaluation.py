@@ -87,7 +87,7 @@ TURN = nib.eulerangles.euler2mat(math.pi / 6) @ np.diag([-0.5, 2, 3])
 AFFINE = nib.affines.from_matvec(TURN, (40, -20, 7))
 
 
-def test_scores_of_a_hand_worked_case():
+def test_scores_of_a_hand_worked_case(monkeypatch):
     label, pred = np.zeros((2, 8, 5, 4), bool)
     label[0:3, 0, 0] = label[6, 4, 3] = True  # a chain of 3 voxels and a voxel far off
     pred[1:6, 0, 0] = True  # a chain of 5
@@ -124,6 +124,9 @@ def test_scores_of_a_hand_worked_case():
     case = train_pvs.Case("sub-7", "sub-7_ses-1", "scan.nii", roundtrip_dice=0.75)
     volume, affine = torch.from_numpy(working_label)[None], torch.from_numpy(AFFINE)
     entry = {"label": volume, "image": volume, "native_affine": affine, "affine": affine}
+    own = {"mine": torch.tensor(2), "none": np.float32("nan")}  # scores that a user adds
+    monkeypatch.setattr(train_pvs, "calculate_boundary_metrics", lambda *_: surfaces | own)
+    expected |= {"mine": 2, "none": None}
     row = train_pvs.score_case(case, entry, working_pred, 0.5 + 0.3 * pred, pred, label)
     json.dumps(row, allow_nan=False)  # plain numbers
     row = {k: v for k, v in row.items() if not k.startswith(("section_side", "section_z"))}

@@ -153,6 +153,7 @@ def test_killed_worker_is_told_with_what_to_lower(begin, heads):
         run = begin("--epochs", 99, "--num-workers", 1, data=heads, hook=(kill_worker, call_))
         run.end(1, told, way_on, 60)
         assert f"{told}\nFirst lower --num-workers. To need less: --sw-batch-size 1" in run.stderr
+    assert train_pvs.lacks_memory(RuntimeError("GET was unable to find an engine to execute"))
 
 
 def test_folder_of_a_running_training_is_refused_until_it_is_killed(begin, again, heads):
@@ -228,24 +229,20 @@ def test_full_disk_is_told_for_each_file_and_survived(again, heads, monkeypatch,
     kinds = "cache split.json best_model.pth last.pth training_history.json mask.nii.gz "
     kinds += "multi_plane dataset_description.json comprehensive_test_metrics.json agreement.jpg "
     kinds += "test_metrics.csv test_set_visualization_grid_300dpi.jpg training_curves.jpg "
-    kinds += "report.html "
-    kinds += (single := "dseg.nii.gz dseg.tsv seg-PVS_dseg.json ")
+    kinds += "report.html " + (single := "dseg.nii.gz dseg.tsv seg-PVS_dseg.json ")
     assert fill_disk(monkeypatch, again) == set(kinds.split())
     assert outcome(tmp_path / "out") == outcome(whole)
     monkeypatch.undo()
     draw_nothing(monkeypatch)
-    scans = [image_path(heads, f"sub-00{number}") for number in (1, 2)]
+    scans, predicted = [image_path(heads, f"sub-00{n}") for n in (1, 2)], tmp_path / "predicted"
     best = ("--checkpoint", whole / "checkpoints" / "best_model.pth", "--save-probabilities")
-    log, flags = (
-        ["predict.log", "report.html"],
-        ("--predict", *scans, *best, *MACHINE, "--output-dir"),
-    )
-    found = fill_disk(monkeypatch, lambda *more: call(*flags, tmp_path / "predicted", *more))
+    log, flags = ["predict.log", "report.html"], ("--predict", *scans, *best, *MACHINE)
+    found = fill_disk(monkeypatch, lambda *m: call(*flags, *m, "--output-dir", predicted))
     kinds = single + "dataset_description.json mask.nii.gz probseg.nii.gz multi_plane "
     kinds += "participants_pvs.csv report.html"
     assert found == set(kinds.split())
-    done(call(*flags, tmp_path / "calm"))
-    assert snapshot(tmp_path / "predicted", log) == snapshot(tmp_path / "calm", log)
+    done(call(*flags, "--output-dir", tmp_path / "calm"))
+    assert snapshot(predicted, log) == snapshot(tmp_path / "calm", log)
 
 
 def test_loss_or_gradient_that_is_not_finite_ends_the_run_unsaved(copied, no_figures):

@@ -52,7 +52,7 @@ def test_batchnorm_momentum_is_set_on_every_layer_and_0_keeps_those_of_the_libra
     assert found == [{0.25}, {0.25}, {0.01}, {0.1}]
 
 
-def test_default_network_and_dynunet_keep_their_sizes():
+def test_default_networks_keep_their_sizes_and_name_the_outputs_bias(monkeypatch):
     cfg = train_pvs.parse_command_line(["--encoder-weights", "none"])[0]
     with torch.device("meta"):  # sizes only, no memory
         model = train_pvs.build_model(cfg)
@@ -60,6 +60,9 @@ def test_default_network_and_dynunet_keep_their_sizes():
     parts = model.encoder, model.decoder, model, dynunet
     millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in parts]
     assert millions == pytest.approx([68.8, 13.1, 81.9, 16.6], abs=0.1)
+    monkeypatch.setitem(train_pvs.NETWORKS, "unetplusplus", ("gone", "unetpp", "UNet++"))
+    with torch.device("meta"), pytest.raises(ValueError, match="NETWORKS: unetplusplus: expected"):
+        train_pvs.build_model(train_pvs.replace(cfg, HEAD_BIAS_LOG_ODDS=True))
 
 
 def test_2d_weights_are_spread_over_the_third_axis(flat, tiny_config, tmp_path, imagenet_home):
@@ -148,3 +151,5 @@ def test_deep_supervision_weighs_the_loss_of_each_resolution_and_ends_with_train
     assert alone.load_state_dict(model.state_dict(), strict=False).missing_keys == []
     copied = torch.optim.swa_utils.AveragedModel(model).eval()  # as of MONAI's own it cannot be
     torch.testing.assert_close(copied(image), alone(image), rtol=0, atol=0)
+    places = {kept.data_ptr() for kept in train_pvs.copy_of(model.state_dict()).values()}
+    assert len(places) == len(list(model.parameters()))  # no weight is kept twice

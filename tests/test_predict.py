@@ -263,3 +263,12 @@ def test_external_data_with_empty_and_vanishing_masks_are_scored_apart(copied, t
     assert got["dice_mean"] == pytest.approx(np.mean([row["dice"] for row in rows.values()]))
     refused(call(*flags), "--overwrite")
     done(call(*flags, "--overwrite"))
+
+
+def test_python_of_the_docs_segments_a_scan_as_the_run_did(finished):
+    name = finished.split["test"][0]
+    scan, docs = nib.load(image_path(finished.data, name)), Path(train_pvs.__file__).parent / "docs"
+    code = re.search("```python\n(.*?)```", (docs / "running.md").read_text(), re.DOTALL)[1]
+    found = {"array": np.asarray(scan.dataobj), "affine": scan.affine}
+    exec(code.replace("outputs_3d", str(finished.out)), found)
+    np.testing.assert_array_equal(found["mask"], array_of(*finished.out.rglob(f"{name}{MASK}")))

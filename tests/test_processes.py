@@ -126,3 +126,11 @@ def test_errors_of_settings_and_data_are_told_once_by_the_first_process(begin, t
         assert (first.count(told), second.count(told)) == (1, 0), (first, second)
         assert "Traceback" not in first + second
     assert begun["2 problems in the data"][1][0].read_text().count("to its last byte") == 2
+
+
+def test_log_has_the_error_of_each_process(begin, tmp_path):
+    processes, screens = begin(*SETTINGS, "--lr", 1e6, "--weight-decay", 1)
+    assert end(processes) == [1, 1]
+    log = (tmp_path / "out" / "logs" / "train.log").read_text()
+    told = [re.search("Error: .* became .*", screen.read_text())[0] for screen in screens]
+    assert len({line for line in told if line in log}) == 2

@@ -65,9 +65,8 @@ def test_page_of_a_run_has_scores_figures_split_settings_and_all_scans_worst_fir
     # Curves, agreement and a picture a scan; nothing comes from elsewhere.
     assert len(page.pictures) == 2 + 2
     assert all(picture.startswith("data:image/jpeg;base64,") for picture in page.pictures)
-    assert not re.search(
-        "https?://|<script src|@import", (finished.out / "report.html").read_text()
-    )
+    text = (finished.out / "report.html").read_text()
+    assert not re.search("https?://|<script src|@import", text)
 
 
 def test_page_of_predictions_grows_and_keeps_what_was_done(finished, predict, tmp_path):

@@ -257,16 +257,6 @@ def test_training_ends_with_a_validated_epoch_when_its_minutes_are_over(fit, cap
         assert "Stopped after" in capsys.readouterr().out
 
 
-def test_time_left_counts_the_windows_of_the_test(tiny_config):
-    # 2 validated scans took 3 s. 4 test scans have 8 times the windows: half a patch apart, not a
-    # whole one. Full views along three axes are eight passes.
-    history = [{"val_seconds": 3.0, "val_loss": 1.0}, {"val_seconds": 0.0, "val_loss": None}]
-    split, settings = {"val": [1, 2], "test": [1, 2, 3, 4]}, {"VAL_OVERLAP": 0, "FLIP_AXES": "xyz"}
-    for views, seconds in {"windows": 48, "full": 384}.items():
-        cfg = tiny_config(TTA_FLIPS=views, **settings)
-        assert train_pvs.seconds_of_test(history, split, cfg) == seconds
-
-
 def test_poly_schedule_warms_up_and_ends_at_0_by_epochs_and_by_the_clock(tiny_config):
     cfg = tiny_config(LR=2.0, EPOCHS=100, LR_SCHEDULE="poly")
     state = train_pvs.TrainState(nn.Conv3d(1, 1, 3), cfg)
