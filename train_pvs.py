@@ -929,8 +929,8 @@ def find_cases(cfg):
     """Pair scans and masks, or list all names that do not pair; leave out scans without a mask."""
     scans, masks = (find_files(cfg.DATA_DIR, p) for p in (cfg.IMAGE_GLOB, cfg.LABEL_GLOB))
     found = f"{len(scans)} scans {cfg.IMAGE_GLOB}, {len(masks)} masks {cfg.LABEL_GLOB}"
-    told = f"{cfg.DATA_DIR}: expected scans and masks, found {found}\n{HOW_TO_GET_DATA}"
-    require(scans and masks, told, FileNotFoundError)
+    told = f"{cfg.DATA_DIR}: expected scans and masks, found {found}; other names: --image-glob, "
+    require(scans and masks, f"{told}--label-glob\n{HOW_TO_GET_DATA}", FileNotFoundError)
     entities = {path: bids_entities(path).items() for path in scans + masks}
     bare = [path for path, found in entities.items() if "sub" not in dict(found)]
     raise_problems([f"{path}: expected a name with sub-" for path in bare], RENAME)
