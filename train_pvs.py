@@ -440,8 +440,10 @@ def parse_command_line(argv):
     if not (options.resume or trained):  # else the checkpoint's settings are checked
         check_config(cfg, problems)
     raise_problems(problems.values(), title="wrong settings:")
-    if cfg.FOLD and not trained and Path(cfg.OUTPUT_DIR).name != f"fold-{cfg.FOLD}":
-        cfg = replace(cfg, OUTPUT_DIR=str(Path(cfg.OUTPUT_DIR, f"fold-{cfg.FOLD}")))
+    fold = Path(cfg.OUTPUT_DIR, f"fold-{cfg.FOLD}")
+    there = not trained or (not options.checkpoint and (fold / "checkpoints").is_dir())
+    if cfg.FOLD and there and Path(cfg.OUTPUT_DIR).name != fold.name:
+        cfg = replace(cfg, OUTPUT_DIR=str(fold))
     return cfg, options
 
 

@@ -55,8 +55,8 @@ def test_every_finished_fold_adds_its_subjects_to_one_table(folds):
 
 
 def test_folds_of_other_settings_or_data_are_named_and_not_in_the_table(folds, tmp_path):
-    shutil.copytree(folds.out, tmp_path / "out")
-    path = tmp_path / "out" / "fold-2" / "logs" / "comprehensive_test_metrics.json"
+    place = shutil.copytree(folds.out, tmp_path / "out")
+    path = place / "fold-2" / "logs" / "comprehensive_test_metrics.json"
     content = json.loads(path.read_text())
     for block, name, value, finished in (
         ("config", "DECODER_WIDTH", 9, [1, 3]),
@@ -68,8 +68,8 @@ def test_folds_of_other_settings_or_data_are_named_and_not_in_the_table(folds, t
         changed = json.loads(json.dumps(content))
         (changed[block] if block else changed)[name] = value
         path.write_text(json.dumps(changed))
-        out = done(call("--evaluate", "--output-dir", tmp_path / "out/fold-1", *MACHINE))
-        table = json.loads((tmp_path / "out" / "cross_validation.json").read_text())
+        out = done(call("--evaluate", "--folds", 3, "--fold", 1, "--output-dir", place, *MACHINE))
+        table = json.loads((place / "cross_validation.json").read_text())
         assert table["finished"] == finished, name
         assert bool(re.search(f"Warning: .*{path}", out)) == (finished == [1, 3]), name
 
