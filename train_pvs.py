@@ -349,8 +349,7 @@ def choices(device):
 def check_config(cfg, problems, starts=True):
     """Add a sentence to `problems`, {field: sentence}, for each wrong setting that has none yet."""
     divisor, known = 2 ** np.clip(cfg.ENCODER_DEPTH, 3, 5), choices(cfg.DEVICE)
-    (dark, bright), supervised = cfg.INTENSITY_PERCENTILES, cfg.DEEP_SUPERVISION
-    supervised &= cfg.ARCHITECTURE == "unetplusplus"
+    (dark, bright), plain = cfg.INTENSITY_PERCENTILES, cfg.ARCHITECTURE == "unetplusplus"
     patch = [side >= 2 * divisor and side % divisor == 0 for side in cfg.IMG_PATCH_SIZE]
     sides = tuple(np.clip(cfg.PIX_DIM, SMALLEST_SIDE, LARGEST_SIDE))
     output, data = map(os.path.realpath, (cfg.OUTPUT_DIR, cfg.DATA_DIR))
@@ -368,7 +367,7 @@ def check_config(cfg, problems, starts=True):
         ("INIT_FROM", start or not cfg.INIT_FROM, "a checkpoint that exists"),
         ("ENCODER_WEIGHTS", weights, "imagenet, none, or a file"),
         *((name, getattr(cfg, name) in c, " or ".join(c)) for name, c in known.items()),
-        ("DEEP_SUPERVISION", not supervised, "False with unetplusplus"),
+        ("DEEP_SUPERVISION", not (plain and cfg.DEEP_SUPERVISION), "False with unetplusplus"),
         ("TTA_FLIPS", FLIPS.get(cfg.FLIP_AXES) or not mirrored, "none without FLIP_AXES"),
         ("FOLDS", cfg.FOLDS == 0 or 2 <= cfg.FOLDS <= 1000, "2 to 1000, or 0"),
         ("FOLD", min(cfg.FOLDS, 1) <= cfg.FOLD <= cfg.FOLDS, fold),
@@ -2160,6 +2159,9 @@ def read_last(run, cfg, options):
     then, now = content["processes"], process_number("WORLD_SIZE")
     told = f"processes (torchrun --nproc_per_node): the run has {then:d}, now there are {now:d}"
     require(then == now, told)
+    then, now = content.get("optimizer_kind", OPTIMIZER.__name__), OPTIMIZER.__name__
+    told = f"cannot resume: the run began with {then}, now OPTIMIZER is {now}; set it back, or "
+    require(then == now, told + "train anew with --overwrite or another --output-dir")
     return content, cfg
 
 
@@ -2228,6 +2230,7 @@ def seen_hashes(contents, *parts):
 
 
 WARM_UP = 30  # steps in which the poly schedule is ramped up
+OPTIMIZER = torch.optim.AdamW
 
 
 class TrainState:
@@ -2236,8 +2239,7 @@ class TrainState:
     def __init__(self, model, cfg, last=None):
         self.cfg, self.model = cfg, model
         rates = {"lr": cfg.LR, "weight_decay": cfg.WEIGHT_DECAY, "fused": True}
-        self.optimizer = torch.optim.AdamW(model.parameters(), **rates)
-        self.kind = type(self.optimizer).__name__
+        self.optimizer = OPTIMIZER(model.parameters(), **rates)
         falls = {"factor": cfg.LR_FACTOR, "patience": cfg.LR_PATIENCE, "min_lr": cfg.LR_MIN}
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, **falls)
         device = next(model.parameters()).device
@@ -2246,8 +2248,6 @@ class TrainState:
         self.parts = {"model": model, "optimizer": self.optimizer, "plateau": self.plateau}
         self.parts["scaler"], self.copies = self.scaler, None  # of them, see `save_epoch`
         last = last or {"progress": {"best_dice": -1.0, "waited": 0, "history": []}}
-        then = last.get("optimizer_kind", self.kind)
-        require(then == self.kind, f"cannot resume: the run began with {then}, not {self.kind}")
         self.progress = {"steps": 0} | last["progress"]
         for name, part in self.parts.items():
             if last.get(name):  # not at the start; a scaler that is in use now only has none
@@ -2469,7 +2469,7 @@ def save_epoch(run, state, split, improved, in_turn):
     history, grid = progress["history"], {"orientation": "RAS", "spacing_mm": cfg.PIX_DIM}
     content = {"config": asdict(cfg), "working_grid": grid, "versions": package_versions(cfg)}
     content |= {"history_row": history[-1], "processes": process_number("WORLD_SIZE")}
-    content["optimizer_kind"] = state.kind
+    content["optimizer_kind"] = OPTIMIZER.__name__
     content["trained_on"] = describe_scans(split["train"], cfg)
     for key in ("sha256", "label_sha256"):  # of the voxels, by which scans are known again
         content[key] = {part: {c.name: getattr(c, key) for c in split[part]} for part in split}
@@ -2600,7 +2600,7 @@ SCORES = (
     ("nsd_1mm", "boundary nsd_1mm", "NSD 1 mm"),
     ("hd95_mm", "boundary hd95_mm", "HD95, mm"),
 )
-require(len({place for _, place, _ in SCORES}) == len(SCORES), "SCORES: two have the same place")
+require(len({place for _, place, _ in SCORES}) == len(SCORES), "SCORES: give each its own place")
 
 
 def look_up(blocks, place):
@@ -3508,7 +3508,6 @@ def set_up_training(cfg, options):
     if last:
         warn_of_other_versions(last, cfg)
         load_weights(model, last, run.last)
-        TrainState(model, cfg, last)  # its errors now, not when the work has begun
     cases = [*itertools.chain(*split.values())]
     if not any(cfg.PIX_DIM):  # folds share a grid
         cfg = replace(cfg, PIX_DIM=own_spacing(cases if cfg.FOLDS else split["train"]))
