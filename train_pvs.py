@@ -462,15 +462,15 @@ if __name__ == "__main__" and process_number("WORLD_SIZE") == 1:
 
 with warnings.catch_warnings():  # timm 0.9.7 imports what is deprecated
     warnings.simplefilter("ignore")
-    import matplotlib
-
-    matplotlib.use("Agg")  # figures go to files; a notebook's own may not be found here
-    import matplotlib.pyplot as plt
+    import matplotlib.style
     import nibabel as nib
     import segmentation_models_pytorch_3d as smp
     import torch
     from matplotlib.collections import LineCollection
     from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
     from monai import transforms as mt
     from monai.data import MetaTensor
@@ -489,8 +489,6 @@ with warnings.catch_warnings():  # timm 0.9.7 imports what is deprecated
     from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
     from tqdm import tqdm
 
-plt.rcdefaults()  # not a user's own, such as text.usetex
-plt.rcParams["text.parse_math"] = False  # a name may hold a $
 nib.imageglobals.logger.setLevel(logging.CRITICAL)  # its remarks name no file
 # Letters that the font lacks; headers, which are checked here; MONAI's own call; one copy.
 told = "Glyph .* missing|Extension size|.*always_return_as_numpy|Grad strides do not match"
@@ -1511,7 +1509,8 @@ def check_free_disk(cases, cfg):
                 volume, shape = read_header(case.image)
                 mm3 = math.prod(shape) * abs(np.linalg.det(volume.affine[:3, :3]))
                 spacing = working_spacing(ras_spacing(volume.affine), cfg)
-                needed += 2.2 * mm3 / math.prod(spacing)  # bytes: 3.2 in the head's box
+                # Bytes: 3 a voxel of the head's box, some 70 % of the volume, and two samples.
+                needed += 2.1 * mm3 / math.prod(spacing) + 8 * BACKGROUND_SAMPLE
     free = free_disk(folder)
     told = f"the cache takes some {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; free some, "
     require(needed <= free, f"{folder}: {told}or choose another folder with --cache-dir")
@@ -2621,7 +2620,8 @@ def summarise_all(rows, cfg):
         blocks["burden"][name] |= agreement(*sides)
     grades, kappa = [[row[f"grade_{side}"] for row in rows] for side in ("label", "pred")], None
     if len({*itertools.chain(*grades)}) > 1 and len(rows) >= 3:
-        kappa = float(cohen_kappa_score(*grades, weights="quadratic"))
+        every = range(len(GRADES) + 1)  # also those between that no scan has
+        kappa = float(cohen_kappa_score(*grades, labels=every, weights="quadratic"))
     blocks["rating"] = {"grid": "axial sections of each scan", "n": len(rows)}
     blocks["rating"]["weighted_kappa"] = kappa
     blocks["boundary"]["one_mask_empty"] = sum(row["one_mask_empty"] for row in rows)
@@ -2698,7 +2698,7 @@ def write_test_metrics(paths, rows, origin, cfg):
 def pool_folds(run, cfg):
     """Write and print the test metrics over the subjects of all finished folds, beside them."""
     top, rows, now, own = run.folder.parent, [], asdict(cfg), read_json(run.scores)["subjects"][0]
-    alike = names(Split, Grid, Network, Training, Decision) - {"FOLD"}
+    alike = names(Split, Grid, Network, Training, Decision) - {"FOLD", "INIT_FROM"}
     for fold in range(1, cfg.FOLDS + 1):
         scores, known = Run(top / f"fold-{fold}").scores, {row["name"] for row in rows}
         if not scores.exists():
@@ -2819,6 +2819,8 @@ KINDS = {"found": "#56B4E9", "missed": "#D55E00", "invented": "#F0E442"}
 MAGNIFIED = 40  # mm, the side of the magnified part
 DARK = {"layout": "constrained", "facecolor": "black"}
 MARK = {"color": "white", "path_effects": [withStroke(linewidth=2, foreground="black")]}
+# Not the user's own style, such as text.usetex, which stays as it is; a name may hold a $.
+PLAIN = matplotlib.style.context(["default", {"text.parse_math": False}])
 
 
 @dataclass
@@ -2941,7 +2943,7 @@ def draw_row(axes, section):
     outlined = ", ".join(f"{name}: {count or 'no'} PVS" for name, count in counts.items())
     left, right, bottom, top = window = find_busiest(section)
     frame = {"fill": False, "color": "white", "lw": 0.7}
-    axes[0].add_patch(plt.Rectangle((left, bottom), right - left, top - bottom, **frame))
+    axes[0].add_patch(Rectangle((left, bottom), right - left, top - bottom, **frame))
     draw_panel(axes[0], section, section.image, section.title)
     draw_panel(axes[1], section, section.image, outlined, (1.2, 0.5))
     if len(section.pvs) == 2:
@@ -2954,18 +2956,19 @@ def draw_row(axes, section):
     draw_panel(axes[-1], section, section.image, "magnified", (3, 1.5), window)
 
 
+@PLAIN
 def draw_sections(path, sections, title):
     """Draw sections, a row each, all to one scale, with a legend; title of two lines."""
-    shown = {name: plt.Line2D([], [], color=OUTLINES[name]) for name in sections[0].pvs}
+    shown = {name: Line2D([], [], color=OUTLINES[name]) for name in sections[0].pvs}
     if len(shown) == 2:
         told = {"found": "found, in any section"}
-        shown |= {told.get(n, n): plt.Rectangle((0, 0), 1, 1, color=c) for n, c in KINDS.items()}
+        shown |= {told.get(n, n): Rectangle((0, 0), 1, 1, color=c) for n, c in KINDS.items()}
     columns = 4 if len(shown) > 2 else 3
     width, height = np.max([section.size() for section in sections], 0)
     scale = min(3.2 / width, 4.8 / height)  # inches a mm
     heights = [scale * section.size()[1] + 0.3 for section in sections]
-    size = {"figsize": (3.2 * columns, sum(heights) + 0.9), "height_ratios": heights}
-    figure, axes = plt.subplots(len(sections), columns, squeeze=False, **size, **DARK)
+    figure = Figure(figsize=(3.2 * columns, sum(heights) + 0.9), **DARK)
+    axes = figure.subplots(len(sections), columns, squeeze=False, height_ratios=heights)
     for line, section in zip(axes, sections, strict=True):
         draw_row(line, section)
     legend = {"loc": "outside lower center", "ncols": len(shown), "labelcolor": "white"}
@@ -2974,13 +2977,12 @@ def draw_sections(path, sections, title):
 
 
 def write_figure(path, figure, title):
-    """Give the figure its title, write it as a 300-DPI picture and close it."""
+    """Give the figure its title and write it as a 300-DPI picture."""
     colour = "black" if figure.get_facecolor()[0] else "white"
     # Wrapped text is parsed as TeX between two $, whatever text.parse_math says.
     figure.suptitle(title, color=colour, size=10, wrap="$" not in title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=Path(path).suffix[1:], dpi=300)
-    plt.close(figure)
     write_file(path, buffer.getbuffer())
 
 
@@ -3009,11 +3011,12 @@ def draw_test_grid(run, rows, sections, cfg, most=10):
     draw_sections(run.overview, shown, f"{data_set_name(cfg)}\n{told}")
 
 
+@PLAIN
 def draw_agreement(run, rows, burden, cfg):
     """Draw predicted against true burden, and the Bland-Altman plot, of PVS count and volume."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 9), layout="constrained")
+    figure = Figure(figsize=(10, 9), layout="constrained")
     kinds = (("count", "Number of PVS", "PVS"), ("volume_ml", "Volume of PVS", "ml"))
-    for (scatter, bland), (name, title, unit) in zip(axes, kinds, strict=True):
+    for (scatter, bland), (name, title, unit) in zip(figure.subplots(2, 2), kinds, strict=True):
         label, pred = (np.array([row[f"{name}_{s}"] for row in rows]) for s in ("label", "pred"))
         result, end = burden[name], 1.05 * max(label.max(), pred.max(), 1e-9)
         for key, text in {"pearson_r": "r", "lin_ccc": "concordance"}.items():
@@ -3032,7 +3035,7 @@ def draw_agreement(run, rows, burden, cfg):
                 bland.axhline(height, color="C1", ls="-" if text else "--", label=text)
         bland.set(xlabel=f"mean of both, {unit}", ylabel=f"prediction - ground truth, {unit}")
         bland.set(title="Bland-Altman", ymargin=0.3)  # room for the legend
-    for ax in axes.flat:
+    for ax in figure.axes:
         ax.grid(alpha=0.3)
         ax.legend()
     few = "; too few for a correlation" if len(rows) < 10 else ""
@@ -3040,12 +3043,14 @@ def draw_agreement(run, rows, burden, cfg):
     write_figure(run.agreement, figure, title)
 
 
+@PLAIN
 def draw_training_curves(run, cfg):
     """Draw losses, Dice and learning rate over the epochs, where there is a history."""
     if not run.history.exists():
         return
     history = read_json(run.history)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
     panels = {"loss": ("train_loss", "val_loss"), "Dice": ("train_dice", "val_dice")}
     panels["learning rate"] = ("lr",)
     told = {"train": "training patches", "val": "validation volumes", "lr": "learning rate"}
@@ -3368,35 +3373,39 @@ NUMBERS = ("count", "volume_ml", "section_count", "grade")
 def read_done(run, cases, made, cfg):
     """Return the rows, {name: row}, of the scans that a former --predict into this folder has done.
 
-    A ValueError where it holds masks by another network, or of other scans with the same names.
+    Also the names of those that lack probabilities. A ValueError where the folder holds a test,
+    masks by another network, or of other scans with the same names.
     """
     remedy = "Choose another --output-dir, or replace them with --overwrite."
+    require(not run.scores.exists(), f"{run.folder}: has the results of a test. {remedy}")
     former = run.description.read_bytes() if run.description.exists() else b""
     same = json.dumps(made).encode() in former
     require(same, f"{run.folder}: has masks by other weights or settings. {remedy}")
-    rows, problems, scans = {}, [], {case.name: case.image for case in cases}
-    kinds = ("mask", "probseg") if cfg.SAVE_PROBABILITIES else ("mask",)
+    rows, lacking, problems, scans = {}, set(), [], {case.name: case.image for case in cases}
     table = run.burden.read_bytes() if run.burden.exists() else b""
     for row in csv.DictReader(io.StringIO(table.decode("utf-8-sig", "replace"), newline="")):
         whole = all(row.get(key) is not None for key in PREDICTED)
         whole = whole and all(re.fullmatch(r"[\d.e+-]+", row[key]) for key in NUMBERS)
         told = f"expected the table as it was written, with {', '.join(PREDICTED)}"
         require(whole, f"{run.burden}: {told}. {remedy}")
-        scan = scans.get(row["name"])
-        files = [row["mask"].replace("_mask.nii", f"_{kind}.nii") for kind in kinds]
+        scan, mask = scans.get(row["name"]), run.logs / row["mask"]
+        prob = mask.with_name(mask.name.replace("_mask.nii", "_probseg.nii"))
         if scan and hash_file(scan) != row["scan_sha256"]:
             problems.append(f"{scan}: expected the scan that {row['name']} was, {row['scan']}")
-        elif scan and not all((run.logs / file).exists() for file in files):
+        elif scan and not mask.exists():
             continue
+        elif scan and cfg.SAVE_PROBABILITIES and not prob.exists():
+            lacking.add(row["name"])
         rows[row["name"]] = {key: row[key] for key in PREDICTED}
         rows[row["name"]] |= {key: json.loads(row[key]) for key in NUMBERS}
     raise_problems(problems, remedy)
-    return rows
+    return rows, lacking
 
 
-def predict_scans(run, model, cases, contents, rows, cfg):
-    """Segment the scans that are not in `rows`, {name: row}; return 1 if one could not be done."""
-    problems, waiting = [], [case for case in cases if case.name not in rows]
+def predict_scans(run, model, cases, contents, done, cfg):
+    """Segment the scans that are not `done`, see `read_done`; return 1 if one could not be."""
+    (rows, lacking), problems = done, []
+    waiting = [case for case in cases if case.name in lacking or case.name not in rows]
     if len(waiting) < len(cases):
         log.info("Done before     %d of %d scans", len(cases) - len(waiting), len(cases))
     small, scans = read_thumbnails(run), [case.image for case in cases]
@@ -3532,9 +3541,9 @@ def train(run, model, split, cfg, last):
     """Fit, from `last.pth` on if there is its content, test the best weights; return the status."""
     device, shared = choose_device(cfg), process_number("WORLD_SIZE") > 1
     if not last:
-        run.clear()  # --overwrite
-        for kind in ("json", "csv") if cfg.FOLDS else ():  # written anew at this fold's end
+        for kind in ("json", "csv") if cfg.FOLDS and run.results() else ():  # has its scores
             (run.folder.parent / f"cross_validation.{kind}").unlink(missing_ok=True)
+        run.clear()  # --overwrite
     if first_process():
         write_json(run.split, {part: sorted({c.subject for c in split[part]}) for part in split})
     model.to(device)
@@ -3546,8 +3555,10 @@ def train(run, model, split, cfg, last):
     wait_for_all()  # the first has written the weights
     content = read_checkpoint(run.best)
     load_weights(model, content, run.best)
-    if first_process() and content["config"] != asdict(cfg):  # --resume with another decision
-        write_torch(run.best, content | {"config": asdict(cfg)})
+    for path in (run.best, run.last) if last and first_process() else ():
+        known = read_checkpoint(path)
+        if known["config"] != asdict(cfg):  # --resume with another decision, which stays
+            write_torch(path, known | {"config": asdict(cfg)})
     told = "Best validation Dice %(val_dice).4f on the working grid, in epoch %(epoch)d"
     log.info(told, content["history_row"])
     known = [row for row in read_json(run.history) if "val_seconds" in row]
@@ -3627,25 +3638,36 @@ def restore_configs(contents, cfg, options):
     return Config(**first | means)
 
 
-def choose_test_cases(cases, contents, own):
-    """Return the cases that no checkpoint was trained or chosen with, by voxels; log the others.
+def choose_test_cases(cases, contents, own, cfg):
+    """Return the cases, prepared, that no checkpoint was trained or chosen with; log the others.
 
-    `own`: those that the run has tested, no others; a ValueError names what is gone or changed.
+    Scans are known by their voxels. `own`: those that the run has tested, no others; a ValueError
+    names what is gone or changed.
     """
-    known = contents[0][1]["sha256"].get("test", {}) if own else {}
-    lost = sorted(known.items() - {(case.name, case.sha256) for case in cases})
-    told = ", ".join(name for name, _ in lost) + ": gone or changed since the run tested them; "
-    require(not lost, f"{told}name the weights with --checkpoint and choose another --output-dir")
-    used = seen_hashes([content for _, content in contents], "train", "val")
-    others = [case for case in cases if case.sha256 not in used]
-    told = "the checkpoint was trained or chosen with every scan, none is left to test on"
-    require(others, f"DATA_DIR: {told}; expected others")
-    new = [case.name for case in others if own and case.name not in known]
-    seen = [case.name for case in cases if case.sha256 in used]
+    content, hashes = contents[0][1], contents[0][1]["sha256"]
+    if own:
+        tested, masks = hashes["test"], content.get("label_sha256", {}).get("test", {})
+        used = {*hashes["train"], *hashes["val"]}
+        seen = [case.name for case in cases if case.name in used]
+        new = [case.name for case in cases if case.name not in {*used, *tested}]
+        cases = [case for case in cases if case.name in tested]
+        cases = prepare_cases(cases, cfg) if cases else []
+        same = {c.name for c in cases if c.sha256 == tested[c.name]}
+        same -= {c.name for c in cases if c.label_sha256 != masks.get(c.name, c.label_sha256)}
+        lost = sorted(tested.keys() - same)
+        told = f"{', '.join(lost)}: gone or changed since the run tested them; name the "
+        require(not lost, told + "weights with --checkpoint and choose another --output-dir")
+    else:
+        used, new = seen_hashes([content for _, content in contents], "train", "val"), []
+        prepared = prepare_cases(cases, cfg)
+        seen = [case.name for case in prepared if case.sha256 in used]
+        cases = [case for case in prepared if case.sha256 not in used]
+        told = "the checkpoint was trained or chosen with every scan, none is left to test on"
+        require(cases, f"DATA_DIR: {told}; expected others")
     for why, gone in (("trained or chosen with", seen), ("not among the run's test scans", new)):
         if gone:
             log.info("Not tested on   %s: %s", " ".join(gone), why)
-    return [case for case in others if case.name not in new]
+    return cases
 
 
 def set_up_trained(cfg, options):
@@ -3660,6 +3682,8 @@ def set_up_trained(cfg, options):
     # Whether --evaluate makes the test of a run again: its weights, data and decision.
     same = all(saved[name] == getattr(cfg, name) for name in names(Data, Decision))
     own = options.evaluate and same and [p.resolve() for p in paths] == [run.best.resolve()]
+    if own and "SAVE_PROBABILITIES" not in options.given:
+        cfg = replace(cfg, SAVE_PROBABILITIES=saved["SAVE_PROBABILITIES"])
     if not own and run.best.parent.exists():
         run = Run(run.folder / command)  # its own, in the run's
         cfg = replace(cfg, OUTPUT_DIR=str(run.folder))
@@ -3670,12 +3694,12 @@ def set_up_trained(cfg, options):
     goes_on = options.predict and not anew and run.results()
     run.open(command.split("-")[0], anew or own or goes_on, anew)
     wait_for_all()
-    done = read_done(run, cases, describe_prediction(contents, cfg), cfg) if goes_on else {}
+    done = read_done(run, cases, describe_prediction(contents, cfg), cfg) if goes_on else ({}, ())
     log_settings(cfg, options, f"{command}, checkpoint {', '.join(map(str, paths))}")
     models = nn.ModuleList(for_inference(model, cfg) for model in models)
     if not options.predict:
         log.info("Data            %s", data_set_name(cfg))
-        cases = choose_test_cases(prepare_cases(cases, cfg), contents, own)
+        cases = choose_test_cases(cases, contents, own, cfg)
         warn_of_subjects(cases, [content for _, content in contents], cfg)
     if anew:  # when all is checked
         run.clear()
@@ -3745,20 +3769,27 @@ def tell_failure(error, cfg, options, begun):
 
 def run_folds(argv, cfg):
     """Run all folds one after another; return the highest exit status, at once above 1."""
-    status, top = 0, Path(cfg.OUTPUT_DIR).parent
-    for fold in range(1, cfg.FOLDS + 1):
-        own, run = [*argv, "--fold", str(fold)], Run(top / f"fold-{fold}")
-        if "--resume" in argv and not run.last.exists():  # no epoch of it was finished
-            own.remove("--resume")
-            own += [] if run.scores.exists() else ["--overwrite"]  # finished ones are left alone
-        status = max(status, main(own, every_fold=True))
+    status, goes_on, top = 0, "--resume" in argv, Path(cfg.OUTPUT_DIR).parent
+    runs = [Run(top / f"fold-{fold}") for fold in range(1, cfg.FOLDS + 1)]
+    anew = "--overwrite" in argv and not goes_on and "--check" not in argv
+    for fold, run in enumerate(runs, 1):
+        own = [*argv, "--fold", str(fold)]
+        if goes_on and not run.last.exists():
+            if run.scores.exists():  # finished
+                continue
+            own = [word for word in own if word != "--resume"] + ["--overwrite"]
+        status = max(status, main(own, every_fold=True, replaced=runs[1:] if anew else ()))
+        anew = False
         if status > 1 or dist.is_initialized():  # after an error of this process
             break
     return status
 
 
-def main(argv=None, every_fold=False):
-    """Run what the command line asks for; return the exit status. `every_fold`: as one of all."""
+def main(argv=None, every_fold=False, replaced=()):
+    """Run what the command line asks for; return the exit status.
+
+    `every_fold`: as one of all; `replaced`: the others' runs, of which --resume must find nothing.
+    """
     argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     with logging_to_screen(), stopping_on_signals():
         cfg = options = work = None
@@ -3769,6 +3800,8 @@ def main(argv=None, every_fold=False):
             if not all_folds:
                 with joined_processes(cfg):
                     work = (set_up_trained if trained else set_up_training)(cfg, options)
+                    for run in replaced:
+                        run.clear()
                     status = work()
                     wait_for_all()  # torchrun ends all when one has ended with another status
                     return status

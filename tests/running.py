@@ -54,7 +54,7 @@ def array_of(path):
 
 def draw_nothing(patch):
     """Leave out the drawing of figures, which takes most of so short a run."""
-    patch.setattr(train_pvs.plt.Figure, "savefig", lambda self, file, **_: file.write(b"-"))
+    patch.setattr(train_pvs.Figure, "savefig", lambda self, file, **_: file.write(b"-"))
 
 
 def members(group):

@@ -236,6 +236,11 @@ def test_blocks_of_the_file_summarise_its_rows(tested):
     for name in ("count", "volume_ml"):
         pair = [[row[f"{name}_{side}"] for row in rows] for side in ("label", "pred")]
         assert train_pvs.agreement(*pair).items() <= content["burden"][name].items()
+    # Squared differences: 0 + 1 + 9 + 0 = 10; of all pairs (2 * 33 + 19 + 25) / 4 = 27.5 by chance.
+    graded = zip(rows, (0, 0, 1, 4), (0, 1, 4, 4), strict=True)
+    rows = [row | {"grade_label": a, "grade_pred": b} for row, a, b in graded]
+    blocks = train_pvs.summarise_all(rows, train_pvs.Config(**content["config"]))
+    assert blocks["rating"]["weighted_kappa"] == pytest.approx(1 - 10 / 27.5)
 
 
 def test_printed_table_has_all_cases_and_their_summary_in_each_column(tested):

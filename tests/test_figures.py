@@ -72,11 +72,11 @@ def drawn(tmp_path_factory):
         if figures[-1].title.startswith((CUBE, NAME)) and len(figure.axes) < 30:
             save(figure, *args, **settings)
 
-    before = plt.get_fignums()
+    before = plt.get_fignums(), {**plt.rcParams}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", savefig)
         status, *_ = call(*network, *argv.split())
-    assert plt.get_fignums() == before  # hundreds of open ones would fill the memory
+    assert (plt.get_fignums(), {**plt.rcParams}) == before  # a notebook's, and none that stay open
     return SimpleNamespace(status=status, out=folder / "out", figures=figures)
 
 

@@ -64,6 +64,7 @@ def test_folds_of_other_settings_or_data_are_named_and_not_in_the_table(folds, t
         (None, "data_set", "other", [1, 3]),
         (None, "subjects", [row | {"x": 1} for row in content["subjects"]], [1, 3]),
         ("config", "EPOCHS", 9, [1, 2, 3]),  # folds may be of different lengths
+        ("config", "INIT_FROM", "fold-2.pth", [1, 2, 3]),  # and begin with weights of their own
     ):
         changed = json.loads(json.dumps(content))
         (changed[block] if block else changed)[name] = value
@@ -134,3 +135,5 @@ def test_ensemble_is_tested_on_scans_that_none_of_its_parts_knows(folds, tmp_pat
     assert [row["file"] for row in content["checkpoint"]] == list(map(str, folds.best))
     assert content["n"] == 2
     assert not (tmp_path / "cross_validation.json").exists()  # an external test is none
+    scans = ("--predict", image_path(folds.data, "sub-001"))
+    refused(call(*scans, *flags), "fold-1: has the results of a test", "--overwrite")

@@ -67,8 +67,7 @@ def test_files_and_folders_become_a_valid_bids_derivative_and_a_table(predict, t
     expected = {
         "sub-01": ("sub-01", a, 0.0006),
         "sub-02_ses-a_acq-hi_run-1": ("sub-02", b, 0.001),
-        "sub-KpfchenT22": ("sub-KpfchenT22", c, 0.001),
-        "sub-20240501head": ("sub-20240501head", d, 0.001),
+        **{n: (n, scan, 0.001) for n, scan in (("sub-KpfchenT22", c), ("sub-20240501head", d))},
     }
     rows = rows_of(tmp_path / "out")
     assert [row["name"] for row in rows] == list(expected)
@@ -182,7 +181,7 @@ def test_weights_come_from_the_output_folder_else_the_default_folder(copied, tmp
     assert masks_below(tmp_path / "new") == [f"sub-scan/anat/sub-scan{MASK}"]
 
 
-def test_evaluation_gives_the_scores_and_files_of_the_test_again(copied, finished):
+def test_evaluation_gives_the_scores_and_files_of_the_test_again(copied, finished, tmp_path):
     shutil.rmtree(copied.data)  # the run's own data are those that it was trained on
     before = snapshot(copied.out)
     kept = ("best_model.pth", "last.pth", "training_history.json", "split.json", "train.log")
@@ -202,13 +201,18 @@ def test_evaluation_gives_the_scores_and_files_of_the_test_again(copied, finishe
     got = scores(next(copied.out.glob("evaluate-*")))
     assert got["config"]["THRESHOLD"] == 0.2
     assert got["subjects"] != finished.scores["subjects"]
-    done(call("--resume", "--output-dir", copied.out, "--threshold", 0.2))  # the run's, from now on
-    done(call("--evaluate", "--output-dir", copied.out, *MACHINE))
+    for flags in (["--threshold", 0.2, "--save-probabilities"], []):  # the run's, from now on
+        done(call("--resume", "--output-dir", copied.out, *flags))
+    again = (*MACHINE, "--evaluate", "--output-dir", copied.out, "--cache-dir", tmp_path / "cache")
+    done(call(*again))
     assert scores(copied.out)["subjects"] == got["subjects"]
+    assert len([*copied.out.glob(f"predictions/**/*{PROBABILITY}")]) == 2
+    assert len([*(tmp_path / "cache").iterdir()]) == 2  # of its test scans alone
     content = train_pvs.read_checkpoint(best := copied.out / "checkpoints" / "best_model.pth")
     content["sha256"]["test"]["sub-999"] = "a scan that is not there any more"
+    content["label_sha256"]["test"][finished.split["test"][0]] = "another mask"
     train_pvs.write_torch(best, content)
-    refused(call("--evaluate", "--output-dir", copied.out, *MACHINE), "sub-999: gone or changed")
+    refused(call(*again), f"{finished.split['test'][0]}, sub-999: gone or changed")
 
 
 def test_scans_are_known_by_voxels_and_unseen_ones_tested(copied, predict, finished, tmp_path):

@@ -236,14 +236,18 @@ def test_names_are_told_with_the_nearest_scan(data, run):
     assert err.count("sub-003_run-2") == 1  # and not as a scan without a mask
 
 
-def test_all_folds_run_one_after_another_and_go_on(data, run, tmp_path):
+def test_all_folds_run_one_after_another_and_go_on(data, run, tmp_path, monkeypatch):
     for flags in (["--folds", 3], ["--folds", 3, "--resume"]):
         trained(run(*flags, "--fold", "all"))
         pooled = json.loads((tmp_path / "out" / "cross_validation.json").read_text())
         assert (pooled["finished"], pooled["n"]) == ([1, 2, 3], 4)
         shutil.rmtree(tmp_path / "out" / "fold-3" / "checkpoints")  # as if it had just begun
         (tmp_path / "out/fold-3/logs/comprehensive_test_metrics.json").unlink()
+        (tmp_path / "out/fold-1/checkpoints/last.pth").unlink(missing_ok=True)  # it is finished
     refused(run("--folds", 3, "--fold", "all"), "fold-1", "--overwrite")
+    monkeypatch.setattr(train_pvs, "fit", Mock(side_effect=KeyboardInterrupt))
+    assert run("--folds", 3, "--fold", "all", "--overwrite")[0] == 130
+    assert [*(tmp_path / "out").rglob("*.pth")] == []  # none that --resume would go on with
 
 
 @pytest.mark.parametrize("where", ["build_train_transforms", "scale_intensity", "default_collate"])
@@ -297,7 +301,11 @@ def test_killed_prediction_goes_on_and_new_scans_add_rows(finished, predict, tmp
     refused(predict(*others), table, "expected the table as it was written")
     lines, ages = whole.splitlines(), ("age", 5, 6, 7, 8)  # with a column of its own
     table.write_text("\n".join(f"{a},{line}" for a, line in zip(ages, lines, strict=True)))
-    done(predict(*others, "--save-probabilities"))
+    with monkeypatch.context() as patch:
+        calls = [train_pvs.segment_scan, Mock(side_effect=ValueError("lost"))]
+        patch.setattr(train_pvs, "segment_scan", lambda *words: calls.pop(0)(*words))
+        assert (predict(*others, "--save-probabilities")[0], len(rows_of(out))) == (1, 4)
+    assert "Done before     1 of 2" in done(predict(*others, "--save-probabilities"))
     assert len(list(out.rglob("*_probseg.nii.gz"))) == 2
     assert [list(row) for row in rows_of(out)] == 4 * [list(train_pvs.PREDICTED)]
     assert "3 of 3" in done(predict(folder, "--overwrite"))

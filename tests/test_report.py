@@ -164,14 +164,3 @@ def test_tensorboard_closes_in_seconds_after_a_signal_that_cost_its_thread_a_wak
     start = time.monotonic()
     board.close()
     assert time.monotonic() - start < 20  # TensorBoard's own pause is 120 s
-
-
-def test_run_without_tensorboard_says_so_and_goes_on(run, data, monkeypatch, no_figures):
-    find = train_pvs.importlib.util.find_spec
-    monkeypatch.setattr(
-        train_pvs.importlib.util,
-        "find_spec",
-        lambda name: None if name == "tensorboard" else find(name),
-    )
-    status, screen, errors = run()
-    assert (status in (0, 1), "TensorBoard     off" in screen) == (True, True), errors
