@@ -717,7 +717,8 @@ def join_participants(rows, folders):
         subject = row["participant_id"].removeprefix("sub-")
         session = bids_entities(row["name"]).get("ses", "")
         own = known[folder].get((subject, session)) or known[folder].get((subject, "")) or {}
-        joined.append(row | {n: own.get(n) for n in names if n and n not in row})
+        new = {n: f"participants_{n}" if n in row else n for n in names if n}
+        joined.append(row | {new[n]: own.get(n) for n in new if n != "participant_id"})
     return joined
 
 
@@ -746,6 +747,7 @@ class Run:
         self.logs, self.predictions = self.folder / "logs", self.folder / "predictions"
         self.log, self.former = None, 0  # the log, and the bytes in it of a run to be replaced
         self.board = self.logs / "tensorboard"
+        self.stale = self.logs / ".stale"  # of a fold: all have been begun anew since
         self.description = self.predictions / "dataset_description.json"
         for name, path in FILES.items():
             setattr(self, name, self.folder / path)
@@ -796,7 +798,7 @@ class Run:
         """Remove the results, last weights first, the folders that this empties, the old log."""
         if self.former:
             self.log.write_bytes(self.log.read_bytes()[self.former :])
-        for path in self.results() if first_process() else []:
+        for path in [*self.results(), self.stale] if first_process() else []:
             path.unlink(missing_ok=True)
             with suppress(OSError):  # not empty
                 os.removedirs(path.parent)
@@ -900,9 +902,10 @@ def find_files(folder, pattern):
 
 
 def bids_entities(path):
-    """Return a name's entities but desc and label: sub-01_ses-2_T2w gives sub: 01, ses: 2."""
+    """Return a name's entities but what a mask is of: sub-01_ses-2_T2w gives sub: 01, ses: 2."""
     parts = Path(path).name.split(".nii")[0].split("_")
-    return dict(part.split("-", 1) for part in parts if re.match(r"(?!desc-|label-)\w+-", part))
+    of_masks = r"(?!desc-|label-|seg-)\w+-"
+    return dict(part.split("-", 1) for part in parts if re.match(of_masks, part))
 
 
 def make_cases(pairs, problems, remedy):
@@ -910,7 +913,8 @@ def make_cases(pairs, problems, remedy):
     cases = {}
     for image, label in pairs:
         found, stem = {"sub": "", "ses": ""} | bids_entities(image), Path(image).name  # these first
-        stem = re.sub(r"(?i)[_-](T[12](?!\d)[^_]*|PD|FLAIR)$", "", stem.split(".nii")[0])
+        # T1 may be a visit.
+        stem = re.sub(r"(?i)[_-](T2|T[12]-?(w|wi|tse)|PD|FLAIR)$", "", stem.split(".nii")[0])
         found = found if found["sub"] else {"sub": stem}
         texts = {key: re.sub("[^0-9A-Za-z]", "", text) for key, text in found.items()}
         name = "_".join(f"{key}-{text}" for key, text in texts.items() if text)
@@ -967,6 +971,10 @@ def find_scans(places, cfg):
         for pattern in (*anat, "*", os.path.join("**", folder, name), f"**/{name}"):
             found = found or find_files(place, pattern)
         told = f"a NIfTI file, a folder of them, or one with scans {cfg.IMAGE_GLOB} (--image-glob)"
+        for path in [] if is_scan else found[:]:
+            if re.search(r"_(T1w|FLAIR|PDw)\.nii", path) and not Path(path).match(name):
+                log.warning("Warning: left out, another contrast by its name: %s", path)
+                found.remove(path)
         if os.path.realpath(place) == os.path.realpath(cfg.OUTPUT_DIR):
             found, told = [], "another folder than OUTPUT_DIR"
         if not os.path.exists(place):
@@ -1075,11 +1083,16 @@ def read_scan(path):
     sides, pixdim = nib.affines.voxel_sizes(image.affine.numpy()), header.get_zooms()[:3]
     told = f"its pixdim says {spacing_words(pixdim)} a voxel, its affine {spacing_words(sides)}"
     cautions = [] if np.allclose(sides, pixdim, rtol=0.01) else [f"{told}, which is used"]
+    places = readings(header)
+    used, *_, itk = ("".join(nib.aff2axcodes(affine)) for affine in places.values())
+    if used != itk and "centred grid" not in places:
+        told = f"ITK's programs (ITK-SNAP, 3D Slicer) see axes {itk}, this script {used}: "
+        cautions.append(told + "its qform and sform differ; look which sides are right")
     dark, bright = np.percentile(volume[::2, ::2, ::2], (1, 99))
     if low >= 0 and dark > 0.2 * bright and (volume <= dark).mean() < 0.1:
         told = "it holds no air, or air far above 0; without air dark tissue is lost: "
         cautions.append(told + "give the whole scan")
-    if "centred grid" in readings(header):
+    if "centred grid" in places:
         cautions.append("its qform and sform code are 0: left and right are unknown")
     return image, [f"{path}: {caution}" for caution in cautions]
 
@@ -1860,7 +1873,7 @@ PVS_COLUMNS = {  # of the tables `.._dseg.tsv`: what they hold, as their sidecar
     "index": "number of the PVS in the image of the same name, from the largest on",
     "name": "PVS and the number",
     "volume_mm3": "volume of its voxels",
-    "x_mm": "centroid, scanner space, towards the right",
+    "x_mm": "centroid, placed by the header (sform, else qform), towards the right",
     "y_mm": "centroid, towards anterior",
     "z_mm": "centroid, towards superior",
     "length_mm": "length of the rod whose variance is that along the first principal axis",
@@ -2700,13 +2713,15 @@ def pool_folds(run, cfg):
     top, rows, now, own = run.folder.parent, [], asdict(cfg), read_json(run.scores)["subjects"][0]
     alike = names(Split, Grid, Network, Training, Decision) - {"FOLD", "INIT_FROM"}
     for fold in range(1, cfg.FOLDS + 1):
-        scores, known = Run(top / f"fold-{fold}").scores, {row["name"] for row in rows}
-        if not scores.exists():
+        one, known = Run(top / f"fold-{fold}"), {row["name"] for row in rows}
+        scores = one.scores
+        if one.stale.exists() or not scores.exists():
             continue
         content = read_json(scores)
         again = known & {row["name"] for row in content["subjects"]}
         differ = list_differences(settings_of(content["config"], {}), now, alike)
         differ += content["subjects"][0].keys() ^ own.keys()
+        differ += ["INIT_FROM"] * (bool(content["config"].get("INIT_FROM")) != bool(cfg.INIT_FROM))
         if again or differ or content["data_set"] != data_set_name(cfg):
             log.warning("Warning: left out, of other settings, data or scores: %s", scores)
         else:
@@ -3555,10 +3570,12 @@ def train(run, model, split, cfg, last):
     wait_for_all()  # the first has written the weights
     content = read_checkpoint(run.best)
     load_weights(model, content, run.best)
-    for path in (run.best, run.last) if last and first_process() else ():
-        known = read_checkpoint(path)
-        if known["config"] != asdict(cfg):  # --resume with another decision, which stays
-            write_torch(path, known | {"config": asdict(cfg)})
+    if first_process() and content["config"] != asdict(cfg):  # --resume with another decision
+        write_torch(run.best, content | {"config": asdict(cfg)})
+    decided = {name: getattr(cfg, name) for name in names(Decision)}
+    if first_process() and last and last["config"] != last["config"] | decided:  # which stays
+        known = read_checkpoint(run.last)
+        write_torch(run.last, known | {"config": known["config"] | decided})
     told = "Best validation Dice %(val_dice).4f on the working grid, in epoch %(epoch)d"
     log.info(told, content["history_row"])
     known = [row for row in read_json(run.history) if "val_seconds" in row]
@@ -3617,7 +3634,7 @@ def evaluate(run, model, cases, contents, cfg):
         write_report(run, cfg, title, TESTED, rows, small, blocks)
         log_scores(f"Test scores of {len(rows)} scans, {data_set_name(cfg)}", rows, blocks, cfg)
         own = cfg.FOLD and run.folder.name == f"fold-{cfg.FOLD}" and run.best.exists()
-        if own:  # no external test
+        if own and not run.stale.exists():  # no external test
             pool_folds(run, cfg)
         log.info("\nScores and figures are in %s", run.folder.resolve())
     return 0
@@ -3682,8 +3699,8 @@ def set_up_trained(cfg, options):
     # Whether --evaluate makes the test of a run again: its weights, data and decision.
     same = all(saved[name] == getattr(cfg, name) for name in names(Data, Decision))
     own = options.evaluate and same and [p.resolve() for p in paths] == [run.best.resolve()]
-    if own and "SAVE_PROBABILITIES" not in options.given:
-        cfg = replace(cfg, SAVE_PROBABILITIES=saved["SAVE_PROBABILITIES"])
+    if own and saved["SAVE_PROBABILITIES"]:  # they are replaced, not only removed
+        cfg = replace(cfg, SAVE_PROBABILITIES=options.given.get("SAVE_PROBABILITIES", True))
     if not own and run.best.parent.exists():
         run = Run(run.folder / command)  # its own, in the run's
         cfg = replace(cfg, OUTPUT_DIR=str(run.folder))
@@ -3712,7 +3729,7 @@ def set_up_trained(cfg, options):
 
 def choose_way_on(cfg, options, begun):
     """Return what to do after a run that ended early."""
-    if options and options.every_fold:  # a former fold may have results
+    if options and options.every_fold and (begun or cfg.FOLD > 1):
         return "Go on with the same command and --resume; folds not begun are run anew."
     if not begun:
         return "Nothing had begun: run the same command again."
@@ -3771,24 +3788,25 @@ def run_folds(argv, cfg):
     """Run all folds one after another; return the highest exit status, at once above 1."""
     status, goes_on, top = 0, "--resume" in argv, Path(cfg.OUTPUT_DIR).parent
     runs = [Run(top / f"fold-{fold}") for fold in range(1, cfg.FOLDS + 1)]
-    anew = "--overwrite" in argv and not goes_on and "--check" not in argv
+    anew = not goes_on and "--check" not in argv and {"--overwrite", "--demo"} & {*argv}
     for fold, run in enumerate(runs, 1):
         own = [*argv, "--fold", str(fold)]
-        if goes_on and not run.last.exists():
-            if run.scores.exists():  # finished
-                continue
+        begun = not run.stale.exists() and (run.last.exists() or run.scores.exists())
+        if goes_on and not begun:
             own = [word for word in own if word != "--resume"] + ["--overwrite"]
-        status = max(status, main(own, every_fold=True, replaced=runs[1:] if anew else ()))
-        anew = False
+        elif goes_on and not run.last.exists():
+            print(f"{run.folder}: finished, left alone (without {run.last.name})")
+            continue
+        status = max(status, main(own, every_fold=True, stale=runs[fold:] if anew else ()))
         if status > 1 or dist.is_initialized():  # after an error of this process
             break
     return status
 
 
-def main(argv=None, every_fold=False, replaced=()):
+def main(argv=None, every_fold=False, stale=()):
     """Run what the command line asks for; return the exit status.
 
-    `every_fold`: as one of all; `replaced`: the others' runs, of which --resume must find nothing.
+    `every_fold`: as one of all; `stale`: the runs that it will replace after this one.
     """
     argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     with logging_to_screen(), stopping_on_signals():
@@ -3800,8 +3818,9 @@ def main(argv=None, every_fold=False, replaced=()):
             if not all_folds:
                 with joined_processes(cfg):
                     work = (set_up_trained if trained else set_up_training)(cfg, options)
-                    for run in replaced:
-                        run.clear()
+                    for run in stale if first_process() else ():
+                        if run.results():
+                            write_file(run.stale, "")
                     status = work()
                     wait_for_all()  # torchrun ends all when one has ended with another status
                     return status

@@ -64,7 +64,7 @@ def test_folds_of_other_settings_or_data_are_named_and_not_in_the_table(folds, t
         (None, "data_set", "other", [1, 3]),
         (None, "subjects", [row | {"x": 1} for row in content["subjects"]], [1, 3]),
         ("config", "EPOCHS", 9, [1, 2, 3]),  # folds may be of different lengths
-        ("config", "INIT_FROM", "fold-2.pth", [1, 2, 3]),  # and begin with weights of their own
+        ("config", "INIT_FROM", "first.pth", [1, 3]),  # only one begins with other weights
     ):
         changed = json.loads(json.dumps(content))
         (changed[block] if block else changed)[name] = value

@@ -201,7 +201,7 @@ def test_evaluation_gives_the_scores_and_files_of_the_test_again(copied, finishe
     got = scores(next(copied.out.glob("evaluate-*")))
     assert got["config"]["THRESHOLD"] == 0.2
     assert got["subjects"] != finished.scores["subjects"]
-    for flags in (["--threshold", 0.2, "--save-probabilities"], []):  # the run's, from now on
+    for flags in (["--threshold", 0.2], ["--save-probabilities"]):  # the run's, from now on
         done(call("--resume", "--output-dir", copied.out, *flags))
     again = (*MACHINE, "--evaluate", "--output-dir", copied.out, "--cache-dir", tmp_path / "cache")
     done(call(*again))

@@ -112,8 +112,11 @@ def test_readings_without_codes_or_with_another_pixdim_are_warned_of_once(data, 
     other.write_bytes(gzip.compress(whole))
     unknown = f"Warning: {scan}: its qform and sform code are 0: left and right are unknown"
     pixdim = f"Warning: {other}: its pixdim says 0.8 x 0.8 x 0.8 mm a voxel, its affine 1 x 1 x 1"
-    for out in (done(run("--check")), done(predict(scan, other))):
-        assert (out.count(unknown), out.count(pixdim)) == (1, 1)
+    third = image_path(data, "sub-001")
+    coded(third, volumes_of(data)[0], np.diag([-1, 1, 1, 1]), np.eye(4), (1, 2))
+    axes = f"Warning: {third}: ITK's programs (ITK-SNAP, 3D Slicer) see axes "
+    for out in (done(run("--check")), done(predict(scan, other, third))):
+        assert (out.count(unknown), out.count(pixdim), out.count(axes)) == (1, 1, 1)
 
 
 def test_odd_numbers_beside_a_whole_sform_change_nothing(data):
@@ -245,9 +248,13 @@ def test_all_folds_run_one_after_another_and_go_on(data, run, tmp_path, monkeypa
         (tmp_path / "out/fold-3/logs/comprehensive_test_metrics.json").unlink()
         (tmp_path / "out/fold-1/checkpoints/last.pth").unlink(missing_ok=True)  # it is finished
     refused(run("--folds", 3, "--fold", "all"), "fold-1", "--overwrite")
-    monkeypatch.setattr(train_pvs, "fit", Mock(side_effect=KeyboardInterrupt))
-    assert run("--folds", 3, "--fold", "all", "--overwrite")[0] == 130
-    assert [*(tmp_path / "out").rglob("*.pth")] == []  # none that --resume would go on with
+    best = tmp_path / "out/fold-2/checkpoints/best_model.pth"
+    former = best.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(train_pvs, "fit", Mock(side_effect=KeyboardInterrupt))
+        assert run("--folds", 3, "--fold", "all", "--overwrite")[0] == 130
+    trained(run("--folds", 3, "--fold", "all", "--resume"))
+    assert best.stat().st_mtime_ns > former  # not only tested again
 
 
 @pytest.mark.parametrize("where", ["build_train_transforms", "scale_intensity", "default_collate"])

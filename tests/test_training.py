@@ -202,6 +202,13 @@ def test_best_weights_and_scores_are_those_of_the_first_validation_with_the_best
     assert history[-1]["val_loss"] == pytest.approx(expected, abs=2e-3)
 
 
+def test_validation_loss_that_is_not_finite_ends_the_run_without_new_weights(fit, tmp_path):
+    with pytest.raises(FloatingPointError, match="loss became nan in epoch 2 with sub-1"):
+        fit(Scripted((5, -1)), EPOCHS=3)
+    content = train_pvs.read_checkpoint(tmp_path / "out" / "checkpoints" / "best_model.pth")
+    assert content["history_row"]["epoch"] == 1
+
+
 def test_learning_rate_is_reduced_on_a_plateau_of_the_validation_loss(fit):
     # Patience 1: halved after the second validation in a row without a better loss than in epoch
     # 2, which is 4, and again after 6, then not below the least. The Dice improves all the time.
