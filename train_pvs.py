@@ -3511,9 +3511,8 @@ def keep_prepared(split, prepared, cfg):
 
 def set_up_training(cfg, options):
     """Do all that comes before training; return the work that is left, a function."""
-    run, last = Run(cfg.OUTPUT_DIR), None
-    if options.resume:
-        last, cfg = read_last(run, cfg, options)
+    run = Run(cfg.OUTPUT_DIR)
+    last, cfg = read_last(run, cfg, options) if options.resume else (None, cfg)
     replaced = [] if last else map(os.path.realpath, run.results())
     told = f"{cfg.INIT_FROM}: INIT_FROM, which this run would replace; choose another --output-dir"
     require(os.path.realpath(cfg.INIT_FROM) not in replaced, told)
