@@ -3794,7 +3794,8 @@ def run_folds(argv, cfg):
         if goes_on and not begun:
             own = [word for word in own if word != "--resume"] + ["--overwrite"]
         elif goes_on and not run.last.exists():
-            print(f"{run.folder}: finished, left alone (without {run.last.name})")
+            if first_process():
+                print(f"{run.folder}: finished, left alone (without {run.last.name})")
             continue
         status = max(status, main(own, every_fold=True, stale=runs[fold:] if anew else ()))
         if status > 1 or dist.is_initialized():  # after an error of this process

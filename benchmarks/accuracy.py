@@ -19,7 +19,6 @@ import dataclasses
 import importlib.util
 import json
 import platform
-import re
 import sys
 from pathlib import Path
 
@@ -31,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import heads  # noqa: E402
 
+import speed  # noqa: E402
 import train_pvs  # noqa: E402
 
 COMMON = (  # what makes a run small, the same for all rows
@@ -102,16 +102,10 @@ def prepare_data(options):
         first = nib.load(cases[0].image)
         told["scans"] = " x ".join(map(str, first.shape)) + " voxels of "
         told["scans"] += train_pvs.spacing_words(train_pvs.ras_spacing(first.affine))
-        told["processor"] = processor()
+        told["processor"] = speed.processor()
         write_json(kept, told | {"heads": options.heads, "data_dir": str(data.resolve())})
     split = json.loads((options.work / "split.json").read_text())
     return json.loads(kept.read_text())["data_dir"], other, split
-
-
-def processor():
-    """Return the name of this computer's processor."""
-    found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return found[1] if found else platform.machine()
 
 
 def length_words(options):
@@ -260,7 +254,7 @@ leaves out 0. Spread: the largest less the smallest mean Dice of a seed. Best th
 0.9, by the Dice of the test heads, for each seed, with its gain over 0.5. With calibrated
 probabilities it is half the Dice reached (Lipton et al. 2014, 10.1007/978-3-662-44851-9_15).
 Another scanner: the same test heads with other contrast, blur, bias field, noise, intensities, and
-voxels of 0.9 x 0.9 x 1 mm. An epoch is 12 steps, of `{NNUNET}` too.
+voxels of 0.9 x 0.9 x 1 mm. Of 12 heads an epoch is 12 steps, of `{NNUNET}` always.
 
 The heads on the MNI template are copies of it, each warped differently, with simulated PVS of their
 own; what made them is not part of this project (`--data-dir` takes any folder). The simulated heads

@@ -61,10 +61,15 @@ median of the pairs' ratios, with their range: how many times as long, or as muc
 """
 
 
+def processor():
+    """Return the name of this computer's processor."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1].strip() if found else "unknown processor"
+
+
 def describe(options):
     """Return the head of a machine's part of the file: all that its numbers depend on."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    place = f"{found[1].strip() if found else 'unknown processor'}, {os.cpu_count()} cores"
+    place = f"{processor()}, {os.cpu_count()} cores"
     if options.device == "cuda":
         place = f"{torch.cuda.get_device_name()}, on {place}"
     dtype = train_pvs.autocast_dtype(torch.device(options.device), train_pvs.Config())
