@@ -71,7 +71,7 @@ class Settings:
     def __init_subclass__(cls):
         for name in filter(str.isupper, list(vars(cls))):
             cls.__annotations__.setdefault(name, object)  # one that was added without a type
-            if isinstance(value := getattr(cls, name), list | np.ndarray):
+            if isinstance(value := getattr(cls, name), list | set | dict | np.ndarray):
                 setattr(cls, name, tuple(value))
         dataclass(frozen=True)(cls)
 
@@ -121,7 +121,7 @@ class Network(Settings):
     ENCODER_NAME: str = "efficientnet-b7"  # efficientnet-b0 to efficientnet-b7
     ENCODER_DEPTH: int = 5  # halvings of the patch
     DECODER_WIDTH: int = 16  # channels at full resolution, doubled at halvings; dynunet: up to 320
-    DEEP_SUPERVISION: bool = False  # dynunet: a loss at each level but the deepest, weighted 1, 1/2
+    DEEP_SUPERVISION: bool = False  # dynunet: a loss at each level but the deepest, 1, 1/2, 1/4 ..
 
 
 class Training(Settings):
@@ -153,7 +153,7 @@ class Length(Settings):
     """How long to train; --resume may raise it, under poly with --stretch."""
 
     EPOCHS: int = 1000  # at most
-    MAX_MINUTES: float = 0.0  # with validation; the epoch that ends nearest is the last; 0: none
+    MAX_MINUTES: float = 0.0  # the epoch that ends nearest is the last, then validation; 0: none
 
 
 class Decision(Settings):
@@ -306,7 +306,7 @@ def build_parser():
 def convert(value, kind):
     """Return a value as text, True or False, whole or other number; an error if it is not one."""
     if kind not in (bool, int, float):
-        return os.path.expanduser(value or "")
+        return os.path.expanduser("" if value is None else value)
     number = kind(float(value))  # equal, but for NaN, or 2.5 as a whole number
     require(number == float(value) and (kind is bool) == isinstance(value, bool), "another kind")
     return number
@@ -571,8 +571,8 @@ def workers(cfg):
 def has_level_of_side_2(cfg):
     """Return whether a dense 3 x 3 x 3 convolution of the network meets a first side of 2."""
     # torch 2.14.1 then gives noise as bfloat16 weight gradients on CPUs with AVX512_BF16.
-    levels = cfg.ENCODER_DEPTH + (cfg.ARCHITECTURE != "unetplusplus")  # its deepest is depthwise
-    return cfg.IMG_PATCH_SIZE[0] in [2 ** (level + 1) for level in range(levels)]
+    deepest = cfg.IMG_PATCH_SIZE[0] // 2**cfg.ENCODER_DEPTH
+    return deepest == 2 and cfg.ARCHITECTURE != "unetplusplus"  # whose deepest is depthwise
 
 
 def autocast_dtype(device, cfg):
@@ -632,7 +632,7 @@ def leave_signals_to_the_run(_):
 
 SHARED_MEMORY = "shared memory ran out: give /dev/shm more (docker run --shm-size 8g, or "
 SHARED_MEMORY += "--ipc=host), or use --num-workers 0"
-OUT_OF_MEMORY = "To need less: --sw-batch-size 1; in training also --batch-size 1 "
+OUT_OF_MEMORY = "To need less: --sw-batch-size 1; a training begun anew also --batch-size 1 "
 OUT_OF_MEMORY += "--accumulate-steps 2, or smaller --crops-per-volume or --img-patch-size."
 
 
@@ -690,20 +690,15 @@ def write_csv(path, rows):
     write_file(path, buffer.getvalue())
 
 
-def write_tsv(path, columns, rows):
-    """Write a table as BIDS wants it: tabs, n/a for None."""
-    lines = [["n/a" if row[name] is None else str(row[name]) for name in columns] for row in rows]
-    write_file(path, "".join("\t".join(line) + "\n" for line in [columns, *lines]))
-
-
 def read_participants(folder):
     """Return {(subject, session or ""): row} of a participants.tsv; of several rows of one none."""
     known, how = {}, {"newline": "", "encoding": "utf-8-sig", "errors": "replace"}
     path = Path(folder) / "participants.tsv"
     with suppress(OSError, csv.Error), open(path, **how) as file:  # it stops no run
-        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+        lines = (line.replace('"', "") for line in file)  # which R writes
+        for row in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):
             ids = (row.get(name) or "" for name in ("participant_id", "session_id"))
-            key = tuple(re.sub("^sub-|^ses-|^n/a$|[^a-zA-Z0-9]", "", text) for text in ids)
+            key = tuple(re.sub("^sub-|^ses-|^n/a$|[^a-zA-Z0-9]", "", t.strip()) for t in ids)
             known[key] = {} if key in known else row
     return known
 
@@ -717,7 +712,7 @@ def join_participants(rows, folders):
         subject = row["participant_id"].removeprefix("sub-")
         session = bids_entities(row["name"]).get("ses", "")
         own = known[folder].get((subject, session)) or known[folder].get((subject, "")) or {}
-        new = {n: f"participants_{n}" if n in row else n for n in names if n}
+        new = {n: f"participants_{n}" if n in {*row, "grade"} else n for n in names if n}
         joined.append(row | {new[n]: own.get(n) for n in new if n != "participant_id"})
     return joined
 
@@ -770,7 +765,8 @@ class Run:
             log.addHandler(logging.FileHandler(self.logs / f"{name}.log", "a", delay=True, **text))
             return
         told = f"{self.folder}: there are results in the output folder already.\nTake another with "
-        told += "--output-dir, or replace them with --overwrite"
+        told += "--output-dir, " + "with --checkpoint, " * (name in ("evaluate", "predict"))
+        told += "or replace them all with --overwrite"
         told += "; a training goes on with --resume." if self.last.exists() else "."
         require(replaceable or not self.results(), told)
         try:
@@ -789,9 +785,12 @@ class Run:
             raise ValueError(f"{self.folder}: another run is using this folder; wait") from None
         except OSError as error:
             raise ValueError(f"OUTPUT_DIR: expected a folder to write to ({error})") from None
-        for left in self.folder.rglob(".writing-*"):  # by killed runs; others may write below it
+        for left in self.folder.rglob(".writing-*"):  # by killed runs
             ended = not Path("/proc", left.name.split("-")[1]).exists()
-            if ended and (left.parent.name != "cache" or left.stat().st_mtime < time.time() - 3600):
+            top, *below = left.relative_to(self.folder).parts
+            # Elsewhere another run may be writing, of another computer, whose processes we miss.
+            own = not below or top in ("checkpoints", "logs", "multi_plane", "predictions")
+            if ended and (own or left.stat().st_mtime < time.time() - 3600):
                 left.unlink(missing_ok=True)
 
     def clear(self):
@@ -930,7 +929,10 @@ def make_cases(pairs, problems, remedy):
 
 def find_cases(cfg):
     """Pair scans and masks, or list all names that do not pair; leave out scans without a mask."""
+    told = f"{cfg.DATA_DIR}: no such folder, or it cannot be read (DATA_DIR)"
+    require(os.access(cfg.DATA_DIR, os.R_OK | os.X_OK), told, FileNotFoundError)
     scans, masks = (find_files(cfg.DATA_DIR, p) for p in (cfg.IMAGE_GLOB, cfg.LABEL_GLOB))
+    scans = [path for path in scans if path not in {*masks}]  # a wide IMAGE_GLOB finds both
     found = f"{len(scans)} scans {cfg.IMAGE_GLOB}, {len(masks)} masks {cfg.LABEL_GLOB}"
     told = f"{cfg.DATA_DIR}: expected scans and masks, found {found}; other names: --image-glob, "
     require(scans and masks, f"{told}--label-glob\n{HOW_TO_GET_DATA}", FileNotFoundError)
@@ -940,8 +942,10 @@ def find_cases(cfg):
     for mask in masks:  # without them where none fits; that it is on the scan's grid is looked at
         if not any(entities[mask] <= entities[scan] for scan in scans):
             entities[mask] = {pair for pair in entities[mask] if pair[0] not in ("space", "res")}
-    # A mask fits a scan whose name holds all entities of the mask that are left.
+    # A mask fits the scan of the same entities, else one whose name holds all of the mask's.
+    own = {m: [s for s in scans if entities[m] == entities[s]] for m in masks}
     pairs = [(s, m) for s in scans for m in masks if entities[m] <= entities[s]]
+    pairs = [(s, m) for s, m in pairs if not own[m] or s in own[m]]
     groups = [("scan for this mask", m, [s for s, mask in pairs if mask == m]) for m in masks]
     groups += [("mask for this scan", s, [m for scan, m in pairs if scan == s]) for s in scans]
     paired, problems = {scan for scan, _ in pairs}, []
@@ -1067,6 +1071,9 @@ def readings(header):
     return (found or {"centred grid": header.get_base_affine()}) | {"ITK's reading": itk}
 
 
+NO_SIDES = "left and right are unknown"
+
+
 def read_scan(path):
     """Return the volume of `read_volume`, and what to warn of; a ValueError if it shows no head."""
     image, header = read_volume(path), read_header(path)[0].header
@@ -1093,12 +1100,12 @@ def read_scan(path):
         told = "it holds no air, or air far above 0; without air dark tissue is lost: "
         cautions.append(told + "give the whole scan")
     if "centred grid" in places:
-        cautions.append("its qform and sform code are 0: left and right are unknown")
+        cautions.append(f"its qform and sform code are 0: {NO_SIDES}")
     return image, [f"{path}: {caution}" for caution in cautions]
 
 
 def read_label(path):
-    """Return (the volume of `read_volume` as whole numbers, []): no warnings, as of `read_scan`."""
+    """Return (the volume of `read_volume` as whole numbers, sentences to warn with)."""
     label, stored = read_volume(path), read_header(path)[0].dataobj
     # Labels 1 to 7 in steps of a header's slope come back in uint8 as 0.988, 2.004 and so on.
     whole, step = label.round(), abs(stored.slope) if stored.dtype.kind in "iu" else 0
@@ -1107,7 +1114,9 @@ def read_label(path):
     values, counts = np.unique(np.asarray(whole[whole < 0]), return_counts=True)
     told = ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(values[:5], counts, strict=False))
     require(not told, f"{path}: expected labels of 0 and more in a mask, got {told}")
-    return whole, []
+    values = np.unique(np.asarray(whole[whole > 0]))  # many are numbered PVS
+    told = f"{path}: has the labels {', '.join(f'{v:g}' for v in values[:5])}; all count as PVS"
+    return whole, [told] * (1 < len(values) <= 5)
 
 
 def read_pair(case):
@@ -1221,7 +1230,10 @@ def read_split(path, subjects):
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         told = f"expected lists train, val and test ({explain(error)})"
         raise ValueError(f"{path}: {told}") from None
-    named = [str(subject) for part in split.values() for subject in part]
+    for part, some in split.items():  # 001 and sub-0-01 are sub-001, as in `make_cases`
+        short = ["sub-" + re.sub("^sub-|[^0-9A-Za-z]", "", str(name)) for name in some]
+        split[part] = [s if s in subjects else str(n) for s, n in zip(short, some, strict=True)]
+    named = [*itertools.chain(*split.values())]
     problems = [f"{part}: expected at least one subject" for part in split if not split[part]]
     problems += [f"{s}: named more than once" for s in sorted(set(named)) if named.count(s) > 1]
     problems += [f"{s}: no subject with a mask" for s in sorted(set(named) - set(subjects))]
@@ -1443,13 +1455,8 @@ def load_cached(case):
         raise OSError(f"{told}; the next run rebuilds it") from None
 
 
-def hash_file(path):
-    """Return the hash of a file, by which it is known again."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def hash_voxels(volume):
-    """Return the hash of a native volume (1, X, Y, Z) by which it is known again."""
+    """Return the hash of a volume, or of a file's bytes, by which it is known again."""
     return hashlib.sha256(np.ascontiguousarray(volume)).hexdigest()
 
 
@@ -1562,6 +1569,8 @@ def log_grids(cases, cfg):
     log.info(told, np.mean(dices), min(dices), max(dices))
     for case in cases:
         warn_if_far(case.image, case.native_spacing, usual, "")
+    if cfg.AUGMENTATION == "published" and max(cfg.PIX_DIM) > 1.2 * min(cfg.PIX_DIM):
+        log.warning("Warning: AUGMENTATION published turns voxels as if cubes; native does not")
     # Finer elsewhere gains nothing.
     coarser = np.maximum(working_spacing(usual, cfg) / usual, 1).prod()
     if coarser > 1.01:
@@ -1737,7 +1746,7 @@ def output_biases(model, cfg):
 
 
 def start_at_log_odds(model, cases, cfg):
-    """Set the outputs' bias to what makes the first prediction the training masks' mean."""
+    """Set the bias of every output to the log-odds of the training masks' mean."""
     total = sum(load_cached(case)["label"].numel() for case in cases)
     labelled = min(max(sum(case.working_voxels for case in cases), 1), total - 1)
     for bias in output_biases(model, cfg):
@@ -1878,8 +1887,8 @@ PVS_COLUMNS = {  # of the tables `.._dseg.tsv`: what they hold, as their sidecar
     "z_mm": "centroid, towards superior",
     "length_mm": "length of the rod whose variance is that along the first principal axis",
     "width_mm": "diameter of the cylinder of this length and volume",
-    "linearity": "(first - second) / first principal variance: 1 a line, 0 a disc, a ball, a voxel",
-    "orientation_x": "first principal axis, a unit vector that points up; n/a if linearity is 0",
+    "linearity": "(first - second) / first principal variance: 1 a line, 0 a disc, ball or cube",
+    "orientation_x": "first principal axis, pointing up; n/a of a voxel, or below linearity 0.001",
     "orientation_y": "its anterior part",
     "orientation_z": "its superior part",
     "mean_probability": "mean of the predicted probability; n/a in the ground truth",
@@ -1916,7 +1925,7 @@ def measure_components(components, affine, prob=None, other=None):
     lengths = np.sqrt(12 * variances[:, 2])
     linearity = 1 - variances[:, 1] / variances[:, 2]  # Westin 2002, 10.1016/S1361-8415(02)00053-1
     axis = axes[:, :, 2] * np.where(axes[:, 2:, 2] < 0, -1, 1)
-    axis[linearity < 1e-6] = np.nan
+    axis[(linearity < 1e-3) | (sizes == 1)] = np.nan  # a voxel's own sides are no direction
     widths = np.sqrt(4 * volumes / (np.pi * lengths))
     shape = [volumes, centroids, lengths, widths, linearity.round(6), axis]
     means = np.full(count, np.nan) if prob is None else mean(prob[voxels])
@@ -2356,7 +2365,7 @@ def validate(model, cases, cfg, epoch):
 
 
 def fit(run, model, cfg, split, last=None):
-    """Train until EPOCHS, or until EARLY_STOPPING validations in a row brought no better Dice.
+    """Train for EPOCHS or MAX_MINUTES, or until EARLY_STOPPING validations bring no better Dice.
 
     `last`: the content of last.pth. A thread writes checkpoints while the next epoch trains. The
     validation of a last epoch out of its turn may choose the weights, but changes nothing else: a
@@ -2375,6 +2384,8 @@ def fit(run, model, cfg, split, last=None):
         write_torch(run.best, {key: last[key] for key in former_best} if ended else former_best)
     board = nullcontext() if ended else open_tensorboard(run, history)
     with board as board, ThreadPoolExecutor(1) as writer:  # an error leaves when all is written
+        if not ended:
+            log.info("epoch  train loss   Dice    val loss   Dice         LR  seconds  time left")
         while not ended:
             in_turn = not history or (len(history) + 1) % cfg.VAL_EVERY == 0
             row = train_and_validate(parallel, state, loader, split["val"], in_turn)
@@ -2482,7 +2493,9 @@ def save_epoch(run, state, split, improved, in_turn):
     content = {"config": asdict(cfg), "working_grid": grid, "versions": package_versions(cfg)}
     content |= {"history_row": history[-1], "processes": process_number("WORLD_SIZE")}
     content["optimizer_kind"] = OPTIMIZER.__name__
-    content["trained_on"] = describe_scans(split["train"], cfg)
+    stripped = bool(np.median([case.stripped for case in split["train"]]) > 0.5)
+    own = {"data_set": data_set_name(cfg), "spacing": own_spacing(split["train"])}
+    content["trained_on"] = own | {"stripped": stripped}  # what scans to predict are compared with
     for key in ("sha256", "label_sha256"):  # of the voxels, by which scans are known again
         content[key] = {part: {c.name: getattr(c, key) for c in split[part]} for part in split}
     if not in_turn:  # for a run that goes on
@@ -2514,13 +2527,8 @@ def seconds_of_test(history, split, cfg):
 
 
 def log_epoch(history, improved, split, cfg):
-    """Print the last epoch's row, `*` for the best validation Dice so far, and the time left.
-
-    That is of training, validations and test.
-    """
+    """Print the last epoch's row, `*` for the best validation Dice, the time left with the test."""
     row = history[-1]
-    if len(history) == 1:
-        log.info("epoch  train loss   Dice    val loss   Dice         LR  seconds  time left")
     loss, dice = ("-" if row[k] is None else f"{row[k]:.4f}" for k in ("val_loss", "val_dice"))
     seconds = [r["seconds"] for r in history]
     left = (cfg.EPOCHS - row["epoch"]) * np.mean(seconds[-20:])
@@ -2554,12 +2562,6 @@ def data_set_name(cfg):
         name = read_json(Path(cfg.DATA_DIR) / "dataset_description.json")["Name"]
         return " ".join(str(name).split())[:200]
     return Path(cfg.DATA_DIR).resolve().name
-
-
-def describe_scans(cases, cfg):
-    """Return what scans to predict are compared with: data set, median spacing, skull or not."""
-    stripped = bool(np.median([case.stripped for case in cases]) > 0.5)
-    return {"data_set": data_set_name(cfg), "spacing": own_spacing(cases), "stripped": stripped}
 
 
 def score_case(case, entry, working_pred, prob, pred, label):
@@ -2728,7 +2730,9 @@ def pool_folds(run, cfg):
             rows += [{"fold": fold} | row for row in content["subjects"]]
     finished = sorted({row["fold"] for row in rows})
     paths = [top / f"cross_validation.{kind}" for kind in ("json", "csv")]
-    blocks = write_test_metrics(paths, rows, {"folds": cfg.FOLDS, "finished": finished}, cfg)
+    origin = {"folds": cfg.FOLDS, "finished": finished, "config": now}
+    origin |= {"versions": package_versions()}
+    blocks = write_test_metrics(paths, rows, origin, cfg)
     log_scores(f"Cross-validation, {len(finished)} of {cfg.FOLDS} folds finished", [], blocks, cfg)
 
 
@@ -2788,7 +2792,9 @@ def write_prediction(run, case, affine, pvs, prob, cfg):
         numbers = f"{start}_seg-PVS_desc-{desc}_dseg"
         write_nifti(f"{numbers}.nii.gz", own, case.image)
         rows = measure_components(own, affine, probs, other)
-        write_tsv(f"{numbers}.tsv", PVS_COLUMNS, rows)
+        lines = [PVS_COLUMNS, *(row.values() for row in rows)]
+        cells = (["n/a" if value is None else str(value) for value in line] for line in lines)
+        write_file(f"{numbers}.tsv", "".join("\t".join(line) + "\n" for line in cells))
     return f"{label}_mask.nii.gz"
 
 
@@ -3004,15 +3010,20 @@ def write_figure(path, figure, title):
 def describe_scores(row, affine, cfg):
     """Return the title of a test case's figure: its scores, each with its grid."""
     scores = ", ".join(f"{name} {row[f'native_{key}']:.3f}" for key, name in METRICS.items())
-    burden = [f"{row[f'count_{s}']} PVS, {row[f'volume_ml_{s}']:.2f} ml" for s in ("label", "pred")]
+    burden = [f"{row[f'count_{s}']} PVS, {row[f'volume_ml_{s}']:.3f} ml" for s in ("label", "pred")]
     grid = spacing_words(ras_spacing(affine))
     title = f"{row['name']}, {data_set_name(cfg)}: {burden[0]} in the ground truth; {burden[1]} "
     title += f"predicted\n{scores} on the native grid, {grid}"
     return title + f"; Dice {row['dice']:.3f} on the {describe_grid(cfg)}"
 
 
+def doubt_of_sides(cautions):
+    """Return what the title of a figure adds, where the cautions of a scan doubt its sides."""
+    return f"; {NO_SIDES}" * any(NO_SIDES in caution for caution in cautions)
+
+
 def draw_test_grid(run, rows, sections, cfg, most=10):
-    """Draw the axial section with the most PVS of every test case, a row each.
+    """Draw the axial section with the most voxels of PVS of every test case, a row each.
 
     Of more than `most` cases those evenly spread from worst to best Dice.
     """
@@ -3045,7 +3056,7 @@ def draw_agreement(run, rows, burden, cfg):
         bland.plot((label + pred) / 2, pred - label, "o", alpha=0.7)
         if result["bias"] is not None:
             low, high = result["limits_of_agreement"]
-            told = f"bias {result['bias']:.2f}, limits of agreement {low:.2f} to {high:.2f}"
+            told = f"bias {result['bias']:.3g}, limits of agreement {low:.3g} to {high:.3g}"
             for height, text in ((result["bias"], told), (low, None), (high, None)):
                 bland.axhline(height, color="C1", ls="-" if text else "--", label=text)
         bland.set(xlabel=f"mean of both, {unit}", ylabel=f"prediction - ground truth, {unit}")
@@ -3125,6 +3136,7 @@ TESTED |= {"volume_ml_pred": "predicted ml", "grade_label": "true grade"}
 TESTED["grade_pred"] = "predicted grade"
 COUNTED = {"count": "PVS", "volume_ml": "ml", "section_count": "on the busiest section"}
 COUNTED |= {"grade": "its grade, 0 to 4", "seen_in": "seen in"}
+JPEG_URL = "data:image/jpeg;base64,"
 
 
 def thumbnail(section):
@@ -3134,12 +3146,7 @@ def thumbnail(section):
     picture = picture.resize((round(256 * width / height), 256), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", subsampling=0)  # keeps PVS of one voxel
-    return embed(buffer.getvalue())
-
-
-def embed(picture):
-    """Return the bytes of a JPEG as a data URL."""
-    return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+    return JPEG_URL + base64.b64encode(buffer.getvalue()).decode()
 
 
 def read_thumbnails(run):
@@ -3176,8 +3183,8 @@ def describe_run(run, cfg, blocks):
         parts += ["<h2>Scores</h2>", to_html(titles, scores)]
     for name, picture in {"Training": run.curves, "Agreement": run.agreement}.items():
         if picture.exists():
-            image = f'<img alt="{name}" src="{embed(picture.read_bytes())}">'
-            parts += [f"<h2>{name}</h2>", image]
+            source = JPEG_URL + base64.b64encode(picture.read_bytes()).decode()
+            parts += [f"<h2>{name}</h2>", f'<img alt="{name}" src="{source}">']
     if run.split.exists():
         split = [(part, len(s), " ".join(s)) for part, s in read_json(run.split).items()]
         below += ["<h2>Split</h2>", to_html(("part", "subjects", ""), split, "words")]
@@ -3360,7 +3367,7 @@ def segment_scan(run, model, case, contents, cfg):
     count, volume = int(pvs["prediction"].max()), volume_ml(pred, affine)
     title = f"{case.name}: {count or 'no'} PVS predicted, {volume:.3f} ml, "
     title += f"{spacing_words(ras_spacing(affine))}\nnetwork trained on: {training_set(contents)}"
-    title += f"; {describe_grid(cfg)}"
+    title += f"; {describe_grid(cfg)}{doubt_of_sides(cautions)}"
     sections = cut_sections(np.asarray(image[0]), affine, pvs, entry)
     draw_sections(run.figure(case), sections, title)
     found, every = hash_voxels(image), [content for _, content in contents]
@@ -3369,7 +3376,7 @@ def segment_scan(run, model, case, contents, cfg):
     row = {"participant_id": case.subject, "name": case.name, "count": count, "volume_ml": volume}
     row |= dict(zip(RATING, rating, strict=True)) | {"seen_in": "".join(seen[:1])}
     row |= {"trained_on": training_set(contents), "validation_dice": float(np.mean(dices))}
-    row |= {"scan": case.image, "scan_sha256": hash_file(case.image)}
+    row |= {"scan": case.image, "scan_sha256": hash_voxels(np.fromfile(case.image, np.uint8))}
     return row | {"mask": os.path.relpath(mask, run.logs)}, thumbnail(sections[0])
 
 
@@ -3391,7 +3398,8 @@ def read_done(run, cases, made, cfg):
     Also the names of those that lack probabilities. A ValueError where the folder holds a test,
     masks by another network, or of other scans with the same names.
     """
-    remedy = "Choose another --output-dir, or replace them with --overwrite."
+    remedy = "Choose another --output-dir and name the weights with --checkpoint, or give up all "
+    remedy += "that lies there with --overwrite."
     require(not run.scores.exists(), f"{run.folder}: has the results of a test. {remedy}")
     former = run.description.read_bytes() if run.description.exists() else b""
     same = json.dumps(made).encode() in former
@@ -3405,7 +3413,7 @@ def read_done(run, cases, made, cfg):
         require(whole, f"{run.burden}: {told}. {remedy}")
         scan, mask = scans.get(row["name"]), run.logs / row["mask"]
         prob = mask.with_name(mask.name.replace("_mask.nii", "_probseg.nii"))
-        if scan and hash_file(scan) != row["scan_sha256"]:
+        if scan and hash_voxels(np.fromfile(scan, np.uint8)) != row["scan_sha256"]:
             problems.append(f"{scan}: expected the scan that {row['name']} was, {row['scan']}")
         elif scan and not mask.exists():
             continue
@@ -3429,12 +3437,11 @@ def predict_scans(run, model, cases, contents, done, cfg):
     title = f"PVS predicted by a network trained on {training_set(contents)}"
     for case in Progress(waiting, "predicting"):
         try:
-            row, small[case.name] = segment_scan(run, model, case, contents, cfg)
-            rows[case.name] = row
+            rows[case.name], small[case.name] = segment_scan(run, model, case, contents, cfg)
             write_report(run, cfg, title, COUNTED, rows.values(), small)
             folders = [folder_with("participants.tsv", row["scan"]) for row in rows.values()]
             write_csv(run.burden, join_participants([*rows.values()], folders))
-            log.info("%(name)s: %(count)d PVS, %(volume_ml).3f ml", row)
+            log.info("%(name)s: %(count)d PVS, %(volume_ml).3f ml", rows[case.name])
         except (ValueError, MemoryError, RuntimeError) as error:
             if not isinstance(error, ValueError) and not lacks_memory(error):
                 raise
@@ -3466,8 +3473,9 @@ def log_settings(cfg, options, title):
         if options.check or name in edited_ones:
             log.info("  %-21s %s", name, words(value))
         edited = options.edited.get(name, value)
-        if edited != value and name not in {"OUTPUT_DIR", *options.given}:
-            source = f"recipe {options.recipe}" if name in options.of_recipe else "checkpoint"
+        source = f"recipe {options.recipe}" if name in options.of_recipe else "checkpoint"
+        known = name == "PIX_DIM" and source == "checkpoint" and not any(edited)  # 0 0 0
+        if edited != value and name not in {"OUTPUT_DIR", *options.given} and not known:
             told = f"edited to {words(edited)} in the file, but the {source} has {words(value)}"
             log.warning("Warning: %s: %s, which is used", name, told)
 
@@ -3612,12 +3620,12 @@ def evaluate(run, model, cases, contents, cfg):
         write_prediction(run, case, affine, pvs, prob, cfg)
         rows.append(score_case(case, entry, working_pred, prob, pred, label))
         sections = cut_sections(image, affine, pvs, entry)
-        draw_sections(run.figure(case), sections, describe_scores(rows[-1], affine, cfg))
+        told = describe_scores(rows[-1], affine, cfg) + doubt_of_sides(case.warnings)
+        draw_sections(run.figure(case), sections, told)
         cuts.append(sections[0])
     rows, cuts = gather(rows), gather(cuts)
     if first_process():
-        made = describe_prediction(contents, cfg)
-        write_description(run, [case.image for case in cases], made)
+        write_description(run, [case.image for case in cases], describe_prediction(contents, cfg))
         for path, content in contents:
             row = content["history_row"]
             weights.append({"file": str(path), "epoch": row["epoch"], "val_dice": row["val_dice"]})
@@ -3689,7 +3697,8 @@ def choose_test_cases(cases, contents, own, cfg):
 def set_up_trained(cfg, options):
     """Do all that comes before --evaluate and --predict; return the work left, a function."""
     run, models = Run(cfg.OUTPUT_DIR), nn.ModuleList()
-    there = [best for best in (run.best, Run(Config.OUTPUT_DIR).best) if best.parent.is_dir()]
+    former = Run(os.path.expanduser(Config.OUTPUT_DIR or ""))
+    there = [best for best in (run.best, former.best) if best.parent.is_dir()]
     paths = [Path(path) for path in options.checkpoint or [*there, run.best][:1]]
     contents = [(path, read_checkpoint(path)) for path in paths]
     cfg, saved = restore_configs(contents, cfg, options), settings_of(contents[0][1]["config"], {})
@@ -3783,15 +3792,39 @@ def tell_failure(error, cfg, options, begun):
     return status
 
 
+def folds(cfg):
+    """Return the runs of all folds, and those of them that have begun."""
+    top = Path(cfg.OUTPUT_DIR).parent
+    runs = [Run(top / f"fold-{fold}") for fold in range(1, cfg.FOLDS + 1)]
+    return runs, [
+        r for r in runs if not r.stale.exists() and (r.last.exists() or r.scores.exists())
+    ]
+
+
+def require_same_folds(cfg, options):
+    """Raise a ValueError where folds not begun would have other settings than those that are."""
+    runs, begun = folds(cfg)
+    if not begun or len(begun) == len(runs):
+        return
+    scored = begun[0].scores.exists()
+    content = read_json(begun[0].scores) if scored else read_checkpoint(begun[0].last)
+    then, now = settings_of(content["config"], {}), asdict(cfg)
+    now |= {} if any(now["PIX_DIM"]) else {"PIX_DIM": then["PIX_DIM"]}
+    free = names(Data, Decision, Length) & options.given.keys()  # of begun ones they may change
+    compared = names(Data, Split, Grid, Network, Training, Length, Decision) - {"FOLD"} - free
+    differ = list_differences(then, now, compared)
+    told = f"{begun[0].folder} has other settings than folds not begun would have: "
+    told += ", ".join(f"{name} {words(then[name])}, not {words(now[name])}" for name in differ)
+    require(not differ, f"{told}\nGive --resume with all flags of the first command.")
+
+
 def run_folds(argv, cfg):
     """Run all folds one after another; return the highest exit status, at once above 1."""
-    status, goes_on, top = 0, "--resume" in argv, Path(cfg.OUTPUT_DIR).parent
-    runs = [Run(top / f"fold-{fold}") for fold in range(1, cfg.FOLDS + 1)]
+    status, goes_on, (runs, begun) = 0, "--resume" in argv, folds(cfg)
     anew = not goes_on and "--check" not in argv and {"--overwrite", "--demo"} & {*argv}
     for fold, run in enumerate(runs, 1):
         own = [*argv, "--fold", str(fold)]
-        begun = not run.stale.exists() and (run.last.exists() or run.scores.exists())
-        if goes_on and not begun:
+        if goes_on and run not in begun:
             own = [word for word in own if word != "--resume"] + ["--overwrite"]
         elif goes_on and not run.last.exists():
             if first_process():
@@ -3815,6 +3848,8 @@ def main(argv=None, every_fold=False, stale=()):
             cfg, options = parse_command_line(argv)
             trained, all_folds = options.evaluate or options.predict, options.every_fold
             options.every_fold |= every_fold  # this is one of them
+            if all_folds and options.resume:
+                require_same_folds(cfg, options)
             if not all_folds:
                 with joined_processes(cfg):
                     work = (set_up_trained if trained else set_up_training)(cfg, options)

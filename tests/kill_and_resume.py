@@ -111,30 +111,27 @@ def run_to_the_end(argv, out, rng, duration, kills):
 
 def predict_to_the_end(folder, count, kills, rng):
     """Predict `count` scans twice, once killed so many times; exit with 1 where results differ."""
-    data = make_subjects(folder / "data", 4)
+    data, scans = (
+        make_subjects(folder / "data", 4),
+        make_subjects(folder / "scans", count, seed=100),
+    )
     train_pvs.main(["--data-dir", str(data), "--output-dir", str(folder / "run"), *LEARNING])
-    scans = make_subjects(folder / "scans", count, seed=100)
-    flags = ["--predict", str(scans), *MACHINE, "--checkpoint"]
-    flags.append(str(folder / "run" / "checkpoints" / "best_model.pth"))
-    results, duration, killed = {}, 0, 0
-    for name in ("whole", "killed"):
-        while name not in results:
+    best, results, duration = train_pvs.Run(folder / "run").best, [], 0
+    flags = ["--predict", str(scans), *MACHINE, "--checkpoint", str(best), "--output-dir"]
+    for name, times in (("whole", 0), ("killed", kills)):
+        for left in range(times, -1, -1):
             begin = time.perf_counter()
-            child = start([*flags, "--output-dir", str(folder / name)], folder / f"{name}.log")
-            if name == "killed" and killed < kills:
+            child = start([*flags, str(folder / name)], folder / f"{name}.log")
+            if left:
                 time.sleep(rng.uniform(0, duration / 3))
                 child.kill()
             child.join()
-            if child.exitcode == -signal.SIGKILL:
-                killed += 1
-            else:
-                assert child.exitcode == 0, (folder / f"{name}.log").read_text()[-2000:]
-                found = snapshot(folder / name)
-                results[name] = {n: found[n] for n in found if n.endswith((".csv", ".gz", ".json"))}
-        duration = time.perf_counter() - begin
-    if results["whole"] != results["killed"]:
+        assert child.exitcode == 0, (folder / f"{name}.log").read_text()[-2000:]
+        duration, found = time.perf_counter() - begin, snapshot(folder / name)
+        results.append({n: found[n] for n in found if n.endswith((".csv", ".gz", ".json"))})
+    if results[0] != results[1]:
         sys.exit("the prediction that was killed has other masks or another table")
-    print(f"{count} scans, killed {killed} times: {len(results['whole'])} equal files")
+    print(f"{count} scans, killed {kills} times: {len(results[0])} equal files")
 
 
 def main(argv=None):

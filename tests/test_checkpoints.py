@@ -166,7 +166,7 @@ def test_checkpoint_of_an_earlier_version_is_used_with_published_values(source, 
         torch.save(content, tmp_path / "earlier.pth")
         if command == "resume":
             shutil.copytree(source / "out", tmp_path / "out", dirs_exist_ok=True)
-        out = trained(start(command, tmp_path / "earlier.pth"))
+        out = (done if command == "predict" else trained)(start(command, tmp_path / "earlier.pth"))
         for name in gone:
             assert re.search(rf"^Warning: .*\.pth: .*\b{name}\b", out, re.MULTILINE)
         shutil.rmtree(tmp_path / "out")

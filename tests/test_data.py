@@ -137,7 +137,6 @@ TO_GET = "aws s3|openneuro-py|datalad|--demo"
 
 NAMES = [  # words of the message, and what gives it
     (f"1 problem |{ONE_SCAN}, found none|Remove or rename", lambda folder: scan(folder).unlink()),
-    (f"{ONE_SCAN}|_acq-a_T2w|sub-002_T2w", twin(scan, "sub-002_acq-a_T2w.nii.gz")),
     (f"{ONE_MASK}|_label-b_desc|Remove", twin(mask, "sub-002_label-b_desc-mask_PVS.nii")),
     (f"{ONE_SCAN}|ses-1_T2w|ses-2_T2w", make_sessions),
     (f"4 scans sub-|0 masks deri|{TO_GET}", lambda folder: shutil.rmtree(folder / "derivatives")),
@@ -271,6 +270,7 @@ def move_elsewhere(folder):
         path.symlink_to(folder.parent / f"object{number}")
 
 
+COLUMNS = np.arange(24, dtype=np.int16)[:, None, None]
 STRETCH = np.diag([1 + 0.2 / 23, 1, 1, 1])  # by 0.2 voxels over the 23 between the end's centres
 OFF = "its affine puts corners 0.20 voxels from the scan's; the scan's is used for both"
 plain = both(*(content(at, lambda c: c, "") for at in (scan, mask)))
@@ -283,6 +283,7 @@ GOOD = [  # words of the warning, and the ways to store sub-002 that give it
     ("", turned("LAS"), turned("LPI"), turned("PIR")),
     ("", voxels(mask, lambda a: a * (1 + np.arange(20, dtype=np.int16) % 8))),
     (OFF, voxels(mask, affine=STRETCH)),
+    ("has the labels 1, 3; all count", voxels(mask, lambda a: a * (1 + 2 * (COLUMNS % 2)))),
 ]
 
 
@@ -407,8 +408,26 @@ def test_wrong_split_is_refused_in_a_few_words(check):
     ]
     expect_refusals(check, table)
     assert "1 train, 1 val, 1 test" in done(check(without(4)))
+    assert "2 train, 1 val, 1 test" in done(check(split(train=["001", "sub-0-02"])))
     marked = split(b"\xef\xbb\xbf" + json.dumps(good).encode())  # with a byte order mark
     assert "2 train, 1 val, 1 test" in done(check(marked))
+
+
+def test_mask_is_of_the_scan_of_its_own_name_and_no_scan_itself(data, run):
+    twin(scan, "sub-002_acq-a_T2w.nii.gz")(data)
+    for path in [*data.rglob("*_PVS.nii.gz")]:
+        shutil.move(path, image_path(data, path.name[:7]).with_name(path.name))
+    flags = ("--image-glob", "sub-*/anat/*.nii.gz", "--label-glob", "sub-*/anat/*_PVS.nii.gz")
+    out = done(run("--check", *flags))
+    assert re.search(r"^Warning: left out, no mask: .*sub-002_acq-a_T2w", out, re.MULTILINE)
+    assert "2 train, 1 val, 1 test" in out
+
+
+def test_disk_that_cannot_hold_the_cache_is_told(data, run, monkeypatch):
+    done(run("--check"))
+    monkeypatch.setattr(train_pvs, "free_disk", lambda _: 3e6)
+    done(run("--check"))  # all is there
+    refused(run("--check", "--pix-dim", 2), "the cache takes some", "--cache-dir")
 
 
 def test_only_what_matters_prepares_anew_and_data_stay_as_they_are(data, run, tmp_path):

@@ -131,6 +131,9 @@ def test_scores_of_a_hand_worked_case(monkeypatch):
     json.dumps(row, allow_nan=False)  # plain numbers
     row = {k: v for k, v in row.items() if not k.startswith(("section_side", "section_z"))}
     assert row == pytest.approx(expected)
+    lost = entry | {"label": 0 * volume}  # on the working grid: it counts 0, and not as empty
+    row = train_pvs.score_case(case, lost, working_pred & False, 0.5 + 0.3 * pred, pred, label)
+    assert [row[name] for name in train_pvs.METRICS] == [0, 0, 0, 0]
 
 
 def write_constant_network(path, bias, flags):

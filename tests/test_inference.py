@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 import train_pvs
-from conftest import save_nifti
+from conftest import prepared_case, save_nifti
 
 
 class Pointwise(nn.Module):
@@ -98,6 +98,8 @@ def test_working_grid_of_the_scans_own_spacing_loses_nothing(grid, tolerance, pr
     assert train_pvs.working_spacing(pix_dim, cfg) == pytest.approx(pix_dim)
     assert case.native_spacing == pytest.approx(pix_dim)
     assert case.native_voxels == case.working_voxels == label.sum()
+    middle = nib.affines.apply_affine(affine, (np.array(shape) - 1) / 2)  # the head is symmetric
+    np.testing.assert_allclose(train_pvs.middle_of_head(entry), middle, atol=1e-2)
     back = train_pvs.to_native_grid(entry["label"].float(), entry)[0].numpy() > 0.5
     assert np.array_equal(back, label > 0)
     model = Pointwise()
@@ -254,9 +256,18 @@ def test_every_other_window_is_mirrored_along_the_axes_of_the_training(tiny_conf
     assert ends_of(model.seen) == [(0, 15), (15, 0)]
 
 
+def test_validation_and_test_have_their_own_overlaps(tiny_config, tmp_path):
+    cfg, ones = tiny_config(AMP=False, SW_OVERLAP=0.75, VAL_OVERLAP=0.0), np.ones((48, 16, 16))
+    model, case = Pointwise(), prepared_case(tmp_path / "a.pt", ones, ones)
+    train_pvs.validate(model, [case], cfg, 1)
+    assert len(model.seen) == 3
+    train_pvs.predict_prob(model, torch.ones(1, 48, 16, 16), cfg)
+    assert len(model.seen) == 3 + 9
+
+
 @pytest.mark.parametrize("architecture", train_pvs.NETWORKS)
 def test_openvino_gives_the_probabilities_of_torch(tiny_config, architecture):
-    image = torch.rand(1, 20, 40, 32)
+    image = torch.rand(1, 20, 40, 32, generator=torch.Generator().manual_seed(0))
     cfg = tiny_config(AMP=False, ARCHITECTURE=architecture, ENGINE="openvino")
     model = train_pvs.build_model(cfg)
     expected = train_pvs.predict_prob(model, image, cfg)

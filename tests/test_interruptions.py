@@ -154,7 +154,8 @@ def test_folder_of_a_running_training_is_refused_until_it_is_killed(begin, again
         result = call(command, *flags, *(TINY if command != "--evaluate" else ()))
         refused(result, f"Error: {run.out}: another run is using this folder")
     assert snapshot(run.out / "logs", growing) == kept
-    assert len(members(run.pid)) == 1 + 2  # workers, which live for some seconds more
+    workers = min(2, len(os.sched_getaffinity(0)))  # which live for some seconds more
+    assert len(members(run.pid)) == 1 + workers
     os.kill(run.pid, signal.SIGKILL)
     run.process.join(5)
     left, live = (run.out / f"predictions/.writing-{pid}-x" for pid in (run.pid, os.getpid()))
@@ -173,7 +174,7 @@ def test_folder_of_a_running_training_is_refused_until_it_is_killed(begin, again
 
 def test_runs_killed_at_random_moments_become_the_same(begin):
     run = begin("--kills", 6, function=kill_and_resume)
-    run.process.join(120)
+    run.process.join(600)
     told = (run.folder / "stdout").read_text() + run.stderr
     assert (run.process.exitcode, "6 kills survived" in told) == (0, True), told
 

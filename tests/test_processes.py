@@ -13,12 +13,12 @@ import train_pvs
 from conftest import LEARNING, MACHINE, TINY, make_subjects
 from running import call, wait_until
 
-SETTINGS = (*LEARNING, "--test-fraction", 0.4, "--val-fraction", 0.4)
+SETTINGS = (*LEARNING, "--test-fraction", 0.4, "--val-fraction", 0.2)
 
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory):
-    """Seven subjects: 2 to train, 2 to validate, 3 to test, which two processes share unevenly."""
+    """Seven subjects: 3 to train, 1 to validate, 3 to test, which two processes share unevenly."""
     return make_subjects(tmp_path_factory.mktemp("heads") / "data", 7)
 
 
@@ -129,7 +129,7 @@ def test_errors_of_settings_and_data_are_told_once_by_the_first_process(begin, t
 
 
 def test_log_has_the_error_of_each_process(begin, tmp_path):
-    processes, screens = begin(*SETTINGS, "--lr", 1e6, "--weight-decay", 1)
+    processes, screens = begin(*SETTINGS, *"--val-fraction 0.4 --lr 1e6 --weight-decay 1".split())
     assert end(processes) == [1, 1]
     log = (tmp_path / "out" / "logs" / "train.log").read_text()
     told = [re.search("Error: .* became .*", screen.read_text())[0] for screen in screens]

@@ -17,7 +17,7 @@ import torch
 from monai.data import MetaTensor
 
 import train_pvs
-from conftest import image_path, label_path, save_nifti
+from conftest import MACHINE, image_path, label_path, save_nifti
 from running import array_of, call, done, refused, trained
 from test_predict import rows_of
 
@@ -102,7 +102,8 @@ def test_mask_that_fits_no_reading_is_refused_with_those_that_were_tried(data, r
         refused(run("--check"), mask)
 
 
-def test_readings_without_codes_or_with_another_pixdim_are_warned_of_once(data, run, predict):
+def test_readings_without_codes_or_with_another_pixdim_are_told(data, run, predict, monkeypatch):
+    monkeypatch.setattr(train_pvs, "draw_sections", drawn := Mock())
     image, label = volumes_of(data, 2)
     scan = coded(image_path(data, "sub-002"), image, SCANNER, SCANNER, (0, 0))
     redrawn(label_path(data, "sub-002"), scan, label.astype(np.uint8), "ITK")
@@ -117,6 +118,8 @@ def test_readings_without_codes_or_with_another_pixdim_are_warned_of_once(data, 
     axes = f"Warning: {third}: ITK's programs (ITK-SNAP, 3D Slicer) see axes "
     for out in (done(run("--check")), done(predict(scan, other, third))):
         assert (out.count(unknown), out.count(pixdim), out.count(axes)) == (1, 1, 1)
+    unknown = ["; left and right are unknown" in call.args[2] for call in drawn.call_args_list]
+    assert unknown == [True, False, False]
 
 
 def test_odd_numbers_beside_a_whole_sform_change_nothing(data):
@@ -200,8 +203,6 @@ def test_a_few_hot_voxels_are_no_noise(data, run):
     small = np.hypot(*np.random.default_rng(0).normal(0, 10, (2, 72, 84, 60)))  # much noisy air
     small[24:48, 28:56, 20:40] += image
     assert train_pvs.read_scan(save_nifti(data / "small.nii", small.astype(np.int16)))
-    save_nifti(scan, np.random.default_rng(0).normal(size=hot.shape).astype(np.float32))
-    refused(run("--check"), scan, "nothing but noise")
 
 
 def test_labels_are_whole_within_half_of_their_headers_slope(data, run):
@@ -211,9 +212,8 @@ def test_labels_are_whole_within_half_of_their_headers_slope(data, run):
     assert not np.array_equal(nib.load(mask).get_fdata(), seven)  # nibabel chose a slope
     assert np.array_equal(train_pvs.read_label(mask)[0][0], seven)
     done(run("--check"))
-    for kind in (np.uint8, np.float32):
-        nib.save(nib.Nifti1Image(label * 0.5, np.eye(4), dtype=kind), mask)
-        refused(run("--check"), mask, "got fractions")
+    nib.save(nib.Nifti1Image(label * 0.5, np.eye(4), dtype=np.uint8), mask)
+    refused(run("--check"), mask, "got fractions")
 
 
 def test_hidden_files_are_no_scans_and_no_masks(data, run, predict):
@@ -230,10 +230,12 @@ def test_hidden_files_are_no_scans_and_no_masks(data, run, predict):
 
 def test_names_are_told_with_the_nearest_scan(data, run):
     moved = label_path(data, "sub-002")
-    moved = moved.rename(moved.with_name("sub-002_space-T2w_desc-mask_PVS.nii.gz"))
+    moved = moved.rename(moved.with_name("sub-002_space-T2w_res-1_seg-PVS_desc-mask_PVS.nii.gz"))
     done(run("--check"))  # on its scan's grid, however that is called
     moved.rename(moved.with_name("sub-002_acq-2_desc-mask_PVS.nii.gz"))
-    shutil.copy(image_path(data, "sub-003"), data / "sub-003/anat/sub-003_run-2_T2w.nii.gz")
+    third = image_path(data, "sub-003")
+    shutil.copy(third, third.with_name("sub-003_run-2_T2w.nii.gz"))
+    third.rename(third.with_name("sub-003_run-1_T2w.nii.gz"))
     near = f"found none; the nearest is {image_path(data, 'sub-002')}, which has no acq-2"
     err = refused(run("--check"), "2 problems", "letters and digits only", near)
     assert err.count("sub-003_run-2") == 1  # and not as a scan without a mask
@@ -248,11 +250,18 @@ def test_all_folds_run_one_after_another_and_go_on(data, run, tmp_path, monkeypa
         (tmp_path / "out/fold-3/logs/comprehensive_test_metrics.json").unlink()
         (tmp_path / "out/fold-1/checkpoints/last.pth").unlink(missing_ok=True)  # it is finished
     refused(run("--folds", 3, "--fold", "all"), "fold-1", "--overwrite")
+    other = run("--folds", 3, "--fold", "all", "--resume", "--lr", 1)
+    refused(other, "fold-1 has", "LR 0.001, not 1.0", "all flags of the first command")
     best = tmp_path / "out/fold-2/checkpoints/best_model.pth"
     former = best.stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr(train_pvs, "fit", Mock(side_effect=KeyboardInterrupt))
         assert run("--folds", 3, "--fold", "all", "--overwrite")[0] == 130
+    table = tmp_path / "out" / "cross_validation.json"
+    done(call("--evaluate", "--output-dir", best.parents[1], *MACHINE))  # a fold to be replaced
+    assert not table.exists()
+    trained(run("--folds", 3, "--fold", 1, "--overwrite"))
+    assert json.loads(table.read_text())["finished"] == [1]
     trained(run("--folds", 3, "--fold", "all", "--resume"))
     assert best.stat().st_mtime_ns > former  # not only tested again
 
@@ -279,6 +288,7 @@ def test_killed_prediction_goes_on_and_new_scans_add_rows(finished, predict, tmp
     for number, name in enumerate(names, 1):
         save_nifti(folder / name, volumes_of(finished.data, number)[0])
     (folder / "readme.txt").write_text("scans")
+    save_nifti(folder / "M2208_T1w.nii.gz", np.ones((9, 9, 9)))  # another contrast
     assert "3 of 3 scans" in done(predict(folder))
     rows = rows_of(out)
     assert [r["participant_id"] for r in rows] == ["sub-M2208", "sub-case7", "sub-patient12"]

@@ -1,5 +1,7 @@
 """The page to look at, as a parser and a browser read it, and TensorBoard's files."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -7,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import train_pvs
 from conftest import image_path
@@ -88,17 +91,18 @@ def thumbnail(image):
     return train_pvs.thumbnail(section)
 
 
-def test_page_of_two_hundred_whole_heads_is_small(tmp_path):
-    rng, run = np.random.default_rng(0), train_pvs.Run(tmp_path)
-    small = thumbnail(rng.random((300, 208)))  # noise is the worst case of a JPEG
-    names = [f"sub-{number:03d}" for number in range(200)]
-    rows = [{"name": name} | dict.fromkeys(train_pvs.COUNTED, 1) for name in names]
-    pictures, cfg = dict.fromkeys(names, small), train_pvs.Config()
-    train_pvs.write_report(run, cfg, "<b> & co", train_pvs.COUNTED, rows, pictures)
-    assert run.report.stat().st_size < 25e6
-    page = Page(run.report)
-    assert page.titles == ["<b> & co"]
-    assert len(page.tables[0]) == 201
+def test_pictures_of_a_page_are_small_and_upright_and_its_words_escaped(tmp_path):
+    image = np.zeros((40, 30))
+    image[30:] = 1  # the top, as rows go up
+    data = base64.b64decode(thumbnail(image).split(",")[1])
+    picture = np.asarray(Image.open(io.BytesIO(data)))
+    assert picture[:50].mean() > 240 > 15 > picture[80:].mean()
+    noise = thumbnail(np.random.default_rng(0).random((300, 208)))  # the worst case of a JPEG
+    assert 200 * len(noise) < 25e6
+    run, row = train_pvs.Run(tmp_path), {"name": "sub-1"} | dict.fromkeys(train_pvs.COUNTED, 1)
+    words = train_pvs.Config(), "<b> & co", train_pvs.COUNTED
+    train_pvs.write_report(run, *words, [row], {"sub-1": noise})
+    assert Page(run.report).titles == ["<b> & co"]
 
 
 @pytest.fixture
@@ -155,11 +159,7 @@ def test_tensorboard_reads_the_history_also_of_a_resumed_run(run, data, tmp_path
 
 
 def test_run_without_tensorboard_says_so_and_goes_on(run, data, monkeypatch, no_figures):
-    find = train_pvs.importlib.util.find_spec
-    monkeypatch.setattr(
-        train_pvs.importlib.util,
-        "find_spec",
-        lambda name: None if name == "tensorboard" else find(name),
-    )
+    util, find = train_pvs.importlib.util, train_pvs.importlib.util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda n: None if n == "tensorboard" else find(n))
     status, screen, errors = run()
     assert (status in (0, 1), "TensorBoard     off" in screen) == (True, True), errors

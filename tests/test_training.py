@@ -1,7 +1,6 @@
 """The training loop: its steps, its arithmetic, that it learns, what validations change."""
 
 import json
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -242,11 +241,13 @@ def test_late_best_weights_survive_a_full_disk(fit, monkeypatch, tmp_path, name)
     assert train_pvs.read_checkpoint(run.last)["progress"]["waited"] == 3
 
 
-def test_training_ends_with_a_validated_epoch_when_its_minutes_are_over(fit, capsys):
+def test_training_ends_with_a_validated_epoch_when_its_minutes_are_over(fit, capsys, monkeypatch):
+    clock = [0.0]  # which the network moves
+    monkeypatch.setattr(train_pvs.time, "perf_counter", lambda: sum(clock))
     for schedule in ("plateau", "poly"):
         settings = {"EPOCHS": 40, "VAL_EVERY": 100, "MAX_MINUTES": 0.6 / 60, "LR": 1.0}
         model = Scripted(range(1, 50))
-        model.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+        model.register_forward_pre_hook(lambda *_: clock.append(0.1))
         history, _ = fit(model, LR_SCHEDULE=schedule, **settings)
         seconds = [row["seconds"] for row in history]
         left = 0.6 - sum(seconds)  # less than half of an epoch; before the last one, more
@@ -260,6 +261,8 @@ def test_training_ends_with_a_validated_epoch_when_its_minutes_are_over(fit, cap
 def test_poly_schedule_warms_up_and_ends_at_0_by_epochs_and_by_the_clock(tiny_config):
     cfg = tiny_config(LR=2.0, EPOCHS=100, LR_SCHEDULE="poly")
     state = train_pvs.TrainState(nn.Conv3d(1, 1, 3), cfg)
+    kind, decay = type(state.optimizer), state.optimizer.defaults["weight_decay"]
+    assert (kind, decay) == (torch.optim.AdamW, 1e-5)
     rows = [{"seconds": 4.0}]  # an epoch
 
     def rate(epochs, steps, share=0.0, **changed):
