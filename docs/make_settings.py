@@ -37,10 +37,9 @@ def settings_page():
         parts.append("\n".join(lines) + "\n")
     parts.append("## Recipes\n\nEach is a set of flags, chosen with `--recipe`.\n")
     lines = ["| recipe | flags |", "| --- | --- |"]
-    lines += [
-        f"| `{name}` | {f'`{flags}`' if flags else 'none: the published values'} |"
-        for name, flags in train_pvs.RECIPES.items()
-    ]
+    none = "none: the defaults; where the published script differs: [published.md](published.md)"
+    recipes = train_pvs.RECIPES.items()
+    lines += [f"| `{name}` | {f'`{flags}`' if flags else none} |" for name, flags in recipes]
     return "\n".join([*parts, "\n".join(lines) + "\n"])
 
 
