@@ -72,7 +72,7 @@ class Settings:
         for name in filter(str.isupper, list(vars(cls))):
             cls.__annotations__.setdefault(name, object)  # one that was added without a type
             if isinstance(value := getattr(cls, name), list | set | dict | np.ndarray):
-                setattr(cls, name, tuple(value))
+                setattr(cls, name, (value,) if isinstance(value, set | dict) else tuple(value))
         dataclass(frozen=True)(cls)
 
 
@@ -153,7 +153,7 @@ class Length(Settings):
     """How long to train; --resume may raise it, under poly with --stretch."""
 
     EPOCHS: int = 1000  # at most
-    MAX_MINUTES: float = 0.0  # the epoch that ends nearest is the last, then validation; 0: none
+    MAX_MINUTES: float = 0.0  # validations count; the epoch that ends nearest is the last; 0: none
 
 
 class Decision(Settings):
@@ -436,13 +436,15 @@ def parse_command_line(argv):
     cfg = replace(Config(**PUBLISHED), **in_file | of_recipe | given)
     if options.every_fold and (trained or cfg.FOLDS < 2):
         problems["FOLD"] = "--fold all: expected --folds as well, and a training"
-    if not (options.resume or trained):  # else the checkpoint's settings are checked
-        check_config(cfg, problems)
-    raise_problems(problems.values(), title="wrong settings:")
     fold = Path(cfg.OUTPUT_DIR, f"fold-{cfg.FOLD}")
     there = not trained or (not options.checkpoint and (fold / "checkpoints").is_dir())
     if cfg.FOLD and there and Path(cfg.OUTPUT_DIR).name != fold.name:
         cfg = replace(cfg, OUTPUT_DIR=str(fold))
+    begun = options.every_fold or Path(cfg.OUTPUT_DIR, "checkpoints", "last.pth").exists()
+    options.resume &= begun or not options.overwrite  # with both it goes on, else begins
+    if not (options.resume or trained):  # else the checkpoint's settings are checked
+        check_config(cfg, problems)
+    raise_problems(problems.values(), title="wrong settings:")
     return cfg, options
 
 
@@ -597,6 +599,10 @@ def stopping_on_signals():
         if stop_signals or os.getpid() != run:  # or a worker that has just begun
             os._exit(128 + number)
         stop_signals.append(number)
+        # The workers may get it, too, and torch would raise an error of its own about their end.
+        former.callback(
+            signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        )
         sys.unraisablehook = lambda _: None  # of destructors that meet half of what they expect
         raise KeyboardInterrupt
 
@@ -650,7 +656,8 @@ def write_file(path, data):
     """Write bytes or text so that the whole file appears or the former stays, as at a power cut."""
     path = Path(path)
     data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else memoryview(data)
-    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    # In containers other runs may have this process number.
+    temporary = path.with_name(f".writing-{os.getpid()}-{os.urandom(4).hex()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -790,8 +797,9 @@ class Run:
             top, *below = left.relative_to(self.folder).parts
             # Elsewhere another run may be writing, of another computer, whose processes we miss.
             own = not below or top in ("checkpoints", "logs", "multi_plane", "predictions")
-            if ended and (own or left.stat().st_mtime < time.time() - 3600):
-                left.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if ended and (own or left.stat().st_mtime < time.time() - 3600):
+                    left.unlink()
 
     def clear(self):
         """Remove the results, last weights first, the folders that this empties, the old log."""
@@ -932,7 +940,7 @@ def find_cases(cfg):
     told = f"{cfg.DATA_DIR}: no such folder, or it cannot be read (DATA_DIR)"
     require(os.access(cfg.DATA_DIR, os.R_OK | os.X_OK), told, FileNotFoundError)
     scans, masks = (find_files(cfg.DATA_DIR, p) for p in (cfg.IMAGE_GLOB, cfg.LABEL_GLOB))
-    scans = [path for path in scans if path not in {*masks}]  # a wide IMAGE_GLOB finds both
+    scans = [path for path in scans if path not in {*masks}] or scans  # a wide glob finds both
     found = f"{len(scans)} scans {cfg.IMAGE_GLOB}, {len(masks)} masks {cfg.LABEL_GLOB}"
     told = f"{cfg.DATA_DIR}: expected scans and masks, found {found}; other names: --image-glob, "
     require(scans and masks, f"{told}--label-glob\n{HOW_TO_GET_DATA}", FileNotFoundError)
@@ -1452,7 +1460,7 @@ def load_cached(case):
         return torch.load(case.cache, mmap=True, weights_only=True)
     except READ_ERRORS as error:
         told = f"{case.cache}: the prepared volume is missing or damaged ({explain(error)})"
-        raise OSError(f"{told}; the next run rebuilds it") from None
+        raise OSError(f"{told}; the next run rebuilds it (CACHE_DIR: one for all nodes)") from None
 
 
 def hash_voxels(volume):
@@ -1486,6 +1494,8 @@ def fill_cache(case, cfg):
     facts["native_spacing"] = tuple(ras_spacing(image.affine.numpy()))
     facts["roundtrip_dice"] = float(dice) if true.any() else None
     facts |= {"stripped": entry["stripped"], "warnings": tuple(cautions)}
+    with suppress(OSError):  # another run was faster, and may be reading it
+        return load_cached(case)["facts"]
     write_torch(case.cache, entry | {"facts": facts})
     return facts
 
@@ -1523,9 +1533,10 @@ def prepare(case, cfg):
 def check_free_disk(cases, cfg):
     """Raise a ValueError where the disk will not hold what the cache still lacks."""
     needed, folder = 0, cache_folder(cfg)
+    there = {path.name for path in folder.glob("*.pt")}  # NFS remembers of single ones what lacked
     for case in cases:
         with suppress(ValueError, OSError):  # told by `prepare`
-            if not cache_path(case, cfg).exists():
+            if cache_path(case, cfg).name not in there:
                 volume, shape = read_header(case.image)
                 mm3 = math.prod(shape) * abs(np.linalg.det(volume.affine[:3, :3]))
                 spacing = working_spacing(ras_spacing(volume.affine), cfg)
@@ -1569,10 +1580,14 @@ def log_grids(cases, cfg):
     log.info(told, np.mean(dices), min(dices), max(dices))
     for case in cases:
         warn_if_far(case.image, case.native_spacing, usual, "")
-    if cfg.AUGMENTATION == "published" and max(cfg.PIX_DIM) > 1.2 * min(cfg.PIX_DIM):
-        log.warning("Warning: AUGMENTATION published turns voxels as if cubes; native does not")
+    sides = working_spacing(usual, cfg)
+    if cfg.AUGMENTATION == "published" and max(sides) > 1.2 * min(sides):
+        told = (
+            "Warning: AUGMENTATION published turns %s as if it were a cube; --augmentation native "
+        )
+        log.warning(told + "turns in mm", spacing_words(sides))
     # Finer elsewhere gains nothing.
-    coarser = np.maximum(working_spacing(usual, cfg) / usual, 1).prod()
+    coarser = np.maximum(sides / usual, 1).prod()
     if coarser > 1.01:
         told = "Warning: the working grid is coarser than the scans, %.1f times in voxel volume. "
         told += "What that costs thin PVS is told by Round trip; --pix-dim %s avoids it."
@@ -2335,7 +2350,7 @@ def train_one_epoch(model, state, loader, epoch):
         with nullcontext() if place + 1 == group or model is state.model else model.no_sync():
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 outputs = model(network_input(batch["image"], device, cfg))
-            outputs = outputs if isinstance(outputs, list) else [outputs]
+            outputs = outputs if isinstance(outputs, list | tuple) else [outputs]
             loss = supervise(outputs, label)
             state.scaler.scale(loss / group).backward()
         losses.append(float(loss.detach()))
@@ -2713,6 +2728,7 @@ def write_test_metrics(paths, rows, origin, cfg):
 def pool_folds(run, cfg):
     """Write and print the test metrics over the subjects of all finished folds, beside them."""
     top, rows, now, own = run.folder.parent, [], asdict(cfg), read_json(run.scores)["subjects"][0]
+    made = set()
     alike = names(Split, Grid, Network, Training, Decision) - {"FOLD", "INIT_FROM"}
     for fold in range(1, cfg.FOLDS + 1):
         one, known = Run(top / f"fold-{fold}"), {row["name"] for row in rows}
@@ -2728,6 +2744,9 @@ def pool_folds(run, cfg):
             log.warning("Warning: left out, of other settings, data or scores: %s", scores)
         else:
             rows += [{"fold": fold} | row for row in content["subjects"]]
+            made.add(content.get("versions", {}).get("train_pvs"))
+    if len(made) > 1:
+        log.warning("Warning: these folds were made by %d versions of the script", len(made))
     finished = sorted({row["fold"] for row in rows})
     paths = [top / f"cross_validation.{kind}" for kind in ("json", "csv")]
     origin = {"folds": cfg.FOLDS, "finished": finished, "config": now}
@@ -3056,7 +3075,8 @@ def draw_agreement(run, rows, burden, cfg):
         bland.plot((label + pred) / 2, pred - label, "o", alpha=0.7)
         if result["bias"] is not None:
             low, high = result["limits_of_agreement"]
-            told = f"bias {result['bias']:.3g}, limits of agreement {low:.3g} to {high:.3g}"
+            bias, *ends = (f"{n:.{3 if unit == 'ml' else 1}f}" for n in (result["bias"], low, high))
+            told = f"bias {bias}, limits of agreement {' to '.join(ends)}"
             for height, text in ((result["bias"], told), (low, None), (high, None)):
                 bland.axhline(height, color="C1", ls="-" if text else "--", label=text)
         bland.set(xlabel=f"mean of both, {unit}", ylabel=f"prediction - ground truth, {unit}")
@@ -3399,7 +3419,7 @@ def read_done(run, cases, made, cfg):
     masks by another network, or of other scans with the same names.
     """
     remedy = "Choose another --output-dir and name the weights with --checkpoint, or give up all "
-    remedy += "that lies there with --overwrite."
+    remedy += "results in it with --overwrite."
     require(not run.scores.exists(), f"{run.folder}: has the results of a test. {remedy}")
     former = run.description.read_bytes() if run.description.exists() else b""
     same = json.dumps(made).encode() in former
@@ -3495,6 +3515,10 @@ def log_plan(run, cfg, model, scans, contents=()):
         arithmetic += ", since bfloat16 fails on CPUs with such small patches"
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     log.info("Device          %s, arithmetic in %s", device, arithmetic)
+    count = workers(cfg)["num_workers"]
+    if count < cfg.NUM_WORKERS and not contents:
+        told = "Workers         %d for patches, not %d: a process has no more processors"
+        log.info(told, count, cfg.NUM_WORKERS)
     log.info("Scans           %s", scans)
     log.info("Grid            %s", describe_grid(cfg))
     log.info("Network         %s, %.1f M parameters", describe_network(cfg), parameters)
@@ -3728,6 +3752,7 @@ def set_up_trained(cfg, options):
         warn_of_subjects(cases, [content for _, content in contents], cfg)
     if anew:  # when all is checked
         run.clear()
+        wait_for_all()
     scans = f"{len(cases)} to {'segment' if options.predict else 'test'}"
     log_plan(run, cfg, models, scans, contents)
     if options.predict:
@@ -3802,20 +3827,21 @@ def folds(cfg):
 
 
 def require_same_folds(cfg, options):
-    """Raise a ValueError where folds not begun would have other settings than those that are."""
+    """Raise a ValueError where folds not begun would have other settings than those that go on."""
     runs, begun = folds(cfg)
-    if not begun or len(begun) == len(runs):
-        return
-    scored = begun[0].scores.exists()
-    content = read_json(begun[0].scores) if scored else read_checkpoint(begun[0].last)
-    then, now = settings_of(content["config"], {}), asdict(cfg)
-    now |= {} if any(now["PIX_DIM"]) else {"PIX_DIM": then["PIX_DIM"]}
-    free = names(Data, Decision, Length) & options.given.keys()  # of begun ones they may change
-    compared = names(Data, Split, Grid, Network, Training, Length, Decision) - {"FOLD"} - free
-    differ = list_differences(then, now, compared)
-    told = f"{begun[0].folder} has other settings than folds not begun would have: "
-    told += ", ".join(f"{name} {words(then[name])}, not {words(now[name])}" for name in differ)
-    require(not differ, f"{told}\nGive --resume with all flags of the first command.")
+    options.given.pop("FOLD")  # each has its own
+    for run in begun if len(begun) < len(runs) else ():
+        if not run.last.exists():  # finished, and left alone
+            continue
+        content = read_checkpoint(run.last, CHECKPOINT_KEYS + LAST_KEYS)
+        then, now = asdict(restore_config(content, run.last, cfg, options)), asdict(cfg)
+        now |= {} if any(now["PIX_DIM"]) else {"PIX_DIM": then["PIX_DIM"]}
+        compared = names(Data, Split, Grid, Network, Training, Length, Decision) - {"FOLD"}
+        differ = list_differences(then, now, compared)
+        told = f"{run.folder} has other settings than folds not begun would have: "
+        told += ", ".join(f"{name} {words(then[name])}, not {words(now[name])}" for name in differ)
+        way = "Give --resume with all flags of the first command, and these as they are to be."
+        require(not differ, f"{told}\n{way}")
 
 
 def run_folds(argv, cfg):

@@ -246,41 +246,41 @@ def describe_row(row, results, name):
 INTRODUCTION = f"""\
 # Recipes compared
 
-Written by `benchmarks/accuracy.py`; the PVS are **simulated**, the networks and patches small, and
-training is short, on one thread of a CPU and one process for patches. Scores are means over test
-heads and seeds on the **native grid**, at threshold 0.5, with the 95 % bootstrap interval over
-heads and seeds. Differences are to `{BASE}`, paired by head and seed: one counts if its interval
-leaves out 0. Spread: the largest less the smallest mean Dice of a seed. Best threshold: of 0.1 to
-0.9, by the Dice of the test heads, for each seed, with its gain over 0.5. With calibrated
-probabilities it is half the Dice reached (Lipton et al. 2014, 10.1007/978-3-662-44851-9_15).
-Another scanner: the same test heads with other contrast, blur, bias field, noise, intensities, and
-voxels of 0.9 x 0.9 x 1 mm. Of 12 heads an epoch is 12 steps, of `{NNUNET}` always.
+Written by `benchmarks/accuracy.py`. The PVS are **simulated**. Networks are small (three halvings,
+16 channels at full resolution, EfficientNet-B0 in UNet++), steps are two patches of 64^3. The
+script's start at the log-odds, with a BatchNorm momentum of 0.1. Training is short, on one thread
+of a CPU and one process for patches. Scores are means over test heads and seeds on the **native
+grid**, at threshold 0.5, with the 95 % bootstrap interval over heads and seeds. Differences are to
+`{BASE}`, paired by head and seed: one counts if its interval leaves out 0. Spread: the largest less
+the smallest mean Dice of a seed. Best threshold: of 0.1 to 0.9, by the Dice of the test heads, for
+each seed, with its gain over 0.5. With calibrated probabilities it is half the Dice reached (Lipton
+et al. 2014, 10.1007/978-3-662-44851-9_15). Another scanner: the same test heads with other
+contrast, blur, bias field, noise, intensities, and voxels of 0.9 x 0.9 x 1 mm. Of 12 heads an epoch
+is 12 steps; `{NNUNET}`'s are counted so always.
 
 The heads on the MNI template are copies of it, each warped differently, with simulated PVS of their
-own; what made them is not part of this project (`--data-dir` takes any folder). The simulated heads
-are those of `benchmarks/heads.py`.
+own. What made them is not part of this project (`--data-dir` takes any folder). The simulated heads
+are those of `benchmarks/heads.py`, in two tables of an earlier version of the script.
 """
 
 LEFT_OUT = """\
 ## What stays in `native`, and why
 
-By the tables of 28 epochs deep supervision (F1), mirrored views and the higher rate (Dice, same
-scanner) and `native`'s own patches (another scanner) have gains that count; mirroring as a whole
-and the bias field have not. On 17 **former heads** of the same making, before deep supervision,
-28 epochs, three seeds, they had. Gains in Dice there, same and another scanner: mirroring 0.012 and
-0.014, bias field 0.002 and 0.016, own patches 0.001 and 0.033, higher rate 0.015 and 0.023. So all
-of them stay. Own patches cost Dice on the same scanner, the higher rate costs F1: what they gain is
-more.
+By the tables of 28 epochs these have gains that count: deep supervision (F1), mirrored views and
+the higher rate (Dice, same scanner), `native`'s own patches (another scanner). Mirroring as a whole
+and the bias field have none there. On 17 **former heads** of the same making, before deep
+supervision (28 epochs, three seeds), they had. Gains in Dice there, same and another scanner:
+mirroring 0.012, 0.014; bias field 0.002, 0.016; own patches 0.001, 0.033; higher rate 0.015, 0.023.
+So all of them stay. Own patches cost Dice on the same scanner, the higher rate costs F1: what they
+gain is more.
 
-Deep supervision gained on the former heads in 40 minutes Dice 0.006 (0.002 to 0.010) and, on
-another scanner, F1 0.019 (0.005 to 0.037); in 8 minutes nothing that counts (a loss like the
-script's, by another program). No loss counted.
+On the former heads in 40 minutes deep supervision gained Dice 0.006 (0.002 to 0.010) and, on
+another scanner, F1 0.019 (0.005 to 0.037). In 8 minutes nothing counted. Another program trained
+it, with a loss of the same kind.
 
-In 8 minutes nnU-Net learned nothing on the former heads (11 epochs, one seed, Dice 0.000).
+@NNUNET@
 
-Two parts stay without a gain that counts. Under the schedule poly a run by the clock ends, and
-seeds agree on another scanner: in 28 epochs within 0.011 on both sets of heads, under plateau
-within 0.039 (two seeds) and 0.056. Without the blur F1 fell by 0.009 on the former heads.
+@POLY@
 
 ## Tried and left out
 
@@ -295,16 +295,16 @@ the same scanner; native Dice at 0.5 and lesion F1 by any overlap.
 - Labels turned linearly, cut at a half: validation Dice 0.798; by the nearest voxel 0.820.
 
 With trained networks: `SMALLEST_PVS` of two voxels lowers F1 from 0.876 to 0.848, since a quarter
-of the simulated PVS are single voxels. Windows mirrored in rows in place of a chessboard lie 0.001
-to 0.003 below full views in Dice; the chessboard, five networks, -0.001 to +0.001.
+of the simulated PVS are single voxels. Rows of mirrored windows give a Dice 0.001 to 0.003 below
+full views, the chessboard -0.001 to +0.001 (five networks).
 
 ## What another scanner costs
 
-A network of 40 minutes without deep supervision, tested on four former heads with one change at a
-time: native Dice 0.936; with its voxels alone 0.732, with its noise alone 0.828, with weighting,
-blur or bias field alone 0.933 to 0.935; with all 0.662. Most of it is in the scans: 20 epochs more
-on the twelve heads for training as that scanner shows them reach 0.681. On the training's grid of
-0.8 mm in place of the scans' own it is 0.626: `SPACING_TOLERANCE` stays.
+A network of 40 minutes without deep supervision was tested on four former heads, one change at a
+time. Native Dice: with none 0.936; its voxels 0.732, its noise 0.828, its contrast, blur or bias
+field 0.933 to 0.935; all of them 0.662. Most of it is lost in the scans: after 20 more epochs on
+the twelve training heads, as that scanner shows them, it is 0.681. On the training's grid of 0.8 mm
+in place of the scans' own it is 0.626: `SPACING_TOLERANCE` stays.
 """
 
 

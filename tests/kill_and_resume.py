@@ -116,7 +116,7 @@ def predict_to_the_end(folder, count, kills, rng):
         make_subjects(folder / "scans", count, seed=100),
     )
     train_pvs.main(["--data-dir", str(data), "--output-dir", str(folder / "run"), *LEARNING])
-    best, results, duration = train_pvs.Run(folder / "run").best, [], 0
+    best, results, duration, killed = train_pvs.Run(folder / "run").best, [], 0, 0
     flags = ["--predict", str(scans), *MACHINE, "--checkpoint", str(best), "--output-dir"]
     for name, times in (("whole", 0), ("killed", kills)):
         for left in range(times, -1, -1):
@@ -126,12 +126,13 @@ def predict_to_the_end(folder, count, kills, rng):
                 time.sleep(rng.uniform(0, duration / 3))
                 child.kill()
             child.join()
+            killed += child.exitcode == -signal.SIGKILL
         assert child.exitcode == 0, (folder / f"{name}.log").read_text()[-2000:]
         duration, found = time.perf_counter() - begin, snapshot(folder / name)
         results.append({n: found[n] for n in found if n.endswith((".csv", ".gz", ".json"))})
     if results[0] != results[1]:
         sys.exit("the prediction that was killed has other masks or another table")
-    print(f"{count} scans, killed {kills} times: {len(results[0])} equal files")
+    print(f"{count} scans, killed {killed} times: {len(results[0])} equal files")
 
 
 def main(argv=None):

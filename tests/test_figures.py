@@ -205,7 +205,7 @@ def test_agreement_figure_shows_points_identity_bias_and_limits(drawn):
     reach = 1.96 * 13**0.5 * 0.036
     heights = [line[0] for line in (zero, bias, low, high)]
     assert heights == pytest.approx([0, 15.894, 15.894 - reach, 15.894 + reach])
-    assert "bias 15.9, limits of agreement 15.6 to 16.1" in ", ".join(bland.legend)
+    assert "bias 15.894, limits of agreement 15.640 to 16.148" in ", ".join(bland.legend)
 
 
 def test_training_curves_leave_out_epochs_without_validation(drawn):

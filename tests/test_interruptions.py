@@ -158,16 +158,17 @@ def test_folder_of_a_running_training_is_refused_until_it_is_killed(begin, again
     assert len(members(run.pid)) == 1 + workers
     os.kill(run.pid, signal.SIGKILL)
     run.process.join(5)
-    left, live = (run.out / f"predictions/.writing-{pid}-x" for pid in (run.pid, os.getpid()))
-    train_pvs.write_file(left, "half a file")
-    train_pvs.write_file(live, "half a file")  # of another command, into a folder below
+    # What was left here, and what other commands write, here and (another computer's) in a fold.
+    places = ("predictions", run.pid), ("predictions", os.getpid()), ("fold-1", run.pid)
+    files = [run.out / f"{place}/.writing-{pid}-x" for place, pid in places]
+    for file in files:
+        train_pvs.write_file(file, "half a file")
     # Some epochs more, without workers: the run that was never killed has them too.
     last = torch.load(run.out / "checkpoints" / "last.pth", weights_only=True)["history_row"]
     flags, calm = ("--epochs", last["epoch"] // 2 * 2 + 2), run.folder / "calm"
     out = trained(again("--resume", *flags, out=run.out))
     assert f"Resumed         after epoch {last['epoch']}" in out
-    assert (left.exists(), live.exists()) == (False, True)
-    live.unlink()
+    assert [file.exists() for file in files] == [False, True, True]
     trained(again(*flags, out=calm))
     assert outcome(run.out) == outcome(calm)
 
@@ -266,11 +267,12 @@ def test_more_epochs_on_resuming_give_the_run_that_had_them_from_the_start(heads
     flags = ("--val-every", 4, "--lr-patience", 0, "--lr", 0.02, "--batchnorm-momentum", 0.9)
     rows = []
     for epochs, out in ((8, "whole"), (6, "out")):
-        trained(again(*flags, "--seed", 1, "--epochs", epochs, out=tmp_path / out))
+        begin = ("--resume", "--overwrite", "--epochs", epochs)  # there is nothing to go on with
+        trained(again(*flags, "--seed", 1, *begin, out=tmp_path / out))
         rows.append(json.loads((tmp_path / out / "logs" / "training_history.json").read_text()))
     turns = [[row["epoch"] for row in part if row["val_dice"] is not None] for part in rows]
     assert turns == [[1, 4, 8], [1, 4, 6]]
-    trained(call("--resume", "--output-dir", tmp_path / "out", "--epochs", 8))
+    trained(call("--resume", "--overwrite", "--output-dir", tmp_path / "out", "--epochs", 8))
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
-from datetime import datetime
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -65,7 +64,6 @@ def test_files_hold_the_documented_keys(finished):
     told = {"n": 2, "grid": "working grid, RAS, 1 x 1 x 1 mm", "device": "cpu"}
     assert (told | {"data_set": "Simulated heads of a test"}).items() <= got.items()
     assert got["config"]["EPOCHS"] == 4
-    assert datetime.fromisoformat(got["date"]).tzinfo is not None
     assert [row["epoch"] for row in history] == [1, 2, 3, 4]
     wanted = {"epoch", "train_loss", "train_dice", "val_loss", "val_dice", "lr"}
     assert all(set(row) == wanted | {"seconds", "val_seconds"} for row in history)
@@ -108,7 +106,7 @@ def test_check_needs_no_network_and_tells_what_a_run_would_use(data, run, monkey
         r" +BATCH_SIZE +1$",  # every setting
         r" +GRAD_CLIP +1\.0$",
         r".*coarser than the scans, 16\.0 times in voxel volume.*--pix-dim 1 1 1 ",
-        r"Warning: AUGMENTATION published turns voxels as if cubes",
+        r"Warning: AUGMENTATION published turns 2 x 2 x 4 mm as if",
     ):
         assert re.search(rf"^{line}", out, re.MULTILINE), line
     made = [name for name in snapshot(tmp_path / "out", [".lock"]) if "cache/" not in name]
@@ -139,7 +137,6 @@ def test_mistakes_end_with_status_2_and_one_error_before_any_work(finished, tmp_
         "--fold all": "--fold all: expected --folds as well",
         "--fold all --folds 3 --evaluate": "--fold all: expected --folds as well",
         "--data-dir out --output-dir ./out": "OUTPUT_DIR: expected another folder",
-        "--data-dir gone": "gone: ",
         "--resume --output-dir out": "out/checkpoints/last.pth: expected ",
         "--evaluate": "checkpoints/best_model.pth: expected ",
         f"--evaluate --data-dir gone --checkpoint {weights}": "gone: no such folder, or it ",

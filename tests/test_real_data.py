@@ -250,8 +250,9 @@ def test_all_folds_run_one_after_another_and_go_on(data, run, tmp_path, monkeypa
         (tmp_path / "out/fold-3/logs/comprehensive_test_metrics.json").unlink()
         (tmp_path / "out/fold-1/checkpoints/last.pth").unlink(missing_ok=True)  # it is finished
     refused(run("--folds", 3, "--fold", "all"), "fold-1", "--overwrite")
-    other = run("--folds", 3, "--fold", "all", "--resume", "--lr", 1)
-    refused(other, "fold-1 has", "LR 0.001, not 1.0", "all flags of the first command")
+    places = ("--data-dir", data, "--output-dir", tmp_path / "out")
+    other = call(*places, "--folds", 3, "--fold", "all", "--resume")  # other flags are forgotten
+    refused(other, "fold-2 has", "EPOCHS 1, not 1000", "all flags of the first command")
     best = tmp_path / "out/fold-2/checkpoints/best_model.pth"
     former = best.stat().st_mtime_ns
     with monkeypatch.context() as patch:
