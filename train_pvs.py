@@ -408,8 +408,7 @@ def read_recipe(name, parser, changed=()):
 def parse_command_line(argv):
     """Return (Config, options); a flag wins over the recipe, the recipe over Config in this file.
 
-    options.given, .of_recipe, .edited: the settings of flags, recipe, and the file where edited;
-    .every_fold: --fold all. A ValueError lists every wrong setting by the name of its field.
+    options.given, .of_recipe, .edited: settings of each. A ValueError lists all that are wrong.
     """
     parser, problems = build_parser(), {}
     options = parser.parse_args(argv)
@@ -436,16 +435,16 @@ def parse_command_line(argv):
     cfg = replace(Config(**PUBLISHED), **in_file | of_recipe | given)
     if options.every_fold and (trained or cfg.FOLDS < 2):
         problems["FOLD"] = "--fold all: expected --folds as well, and a training"
-    fold = Path(cfg.OUTPUT_DIR, f"fold-{cfg.FOLD}")
+    fold, output = Path(cfg.OUTPUT_DIR, f"fold-{cfg.FOLD}"), cfg.OUTPUT_DIR
     there = not trained or (not options.checkpoint and (fold / "checkpoints").is_dir())
-    if cfg.FOLD and there and Path(cfg.OUTPUT_DIR).name != fold.name:
-        cfg = replace(cfg, OUTPUT_DIR=str(fold))
-    begun = options.every_fold or Path(cfg.OUTPUT_DIR, "checkpoints", "last.pth").exists()
+    if cfg.FOLD and there and Path(output).name != fold.name:
+        output = str(fold)
+    begun = options.every_fold or Path(output, "checkpoints", "last.pth").exists()
     options.resume &= begun or not options.overwrite  # with both it goes on, else begins
     if not (options.resume or trained):  # else the checkpoint's settings are checked
         check_config(cfg, problems)
     raise_problems(problems.values(), title="wrong settings:")
-    return cfg, options
+    return replace(cfg, OUTPUT_DIR=output), options
 
 
 def require_data_folder(cfg, options):
