@@ -266,12 +266,12 @@ are those of `benchmarks/heads.py`, in two tables of an earlier version of the s
 LEFT_OUT = """\
 ## What stays in `native`, and why
 
-By the tables of 28 epochs these have gains that count: deep supervision (F1), mirrored views and
-the higher rate (Dice, same scanner), `native`'s own patches (another scanner). Mirroring as a whole
-and the bias field have none there. On 17 **former heads** of the same making, before deep
-supervision (28 epochs, three seeds), they had. Gains in Dice there, same and another scanner:
-mirroring 0.012, 0.014; bias field 0.002, 0.016; own patches 0.001, 0.033; higher rate 0.015, 0.023.
-So all of them stay. Own patches cost Dice on the same scanner, the higher rate costs F1: what they
+By the tables of 28 epochs these have gains that count: deep supervision (F1) and mirrored views
+(Dice) on the same scanner, the higher rate on both (Dice; F1 on another), `native`'s own patches on
+another scanner. Mirroring as a whole and the bias field have none there. On 17 **former heads** of
+the same making, before deep supervision (28 epochs, three seeds), they had. Gains in Dice there,
+same and another scanner: mirroring 0.012, 0.014; bias field 0.002, 0.016; own patches 0.001, 0.033;
+higher rate 0.015, 0.023. So all of them stay. Own patches cost Dice on the same scanner: what they
 gain is more.
 
 On the former heads in 40 minutes deep supervision gained Dice 0.006 (0.002 to 0.010) and, on
