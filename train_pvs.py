@@ -405,6 +405,13 @@ def read_recipe(name, parser, changed=()):
     return (read_recipe(base, parser, (*changed, name)) if base else {}) | own
 
 
+def resumes(output, options):
+    """Return whether --resume counts: with --overwrite only where there is something to keep."""
+    files = ("checkpoints/last.pth", "logs/comprehensive_test_metrics.json")
+    begun = options.every_fold or any(Path(output, file).exists() for file in files)
+    return options.resume and (begun or not options.overwrite)
+
+
 def parse_command_line(argv):
     """Return (Config, options); a flag wins over the recipe, the recipe over Config in this file.
 
@@ -439,8 +446,7 @@ def parse_command_line(argv):
     there = not trained or (not options.checkpoint and (fold / "checkpoints").is_dir())
     if cfg.FOLD and there and Path(output).name != fold.name:
         output = str(fold)
-    begun = options.every_fold or Path(output, "checkpoints", "last.pth").exists()
-    options.resume &= begun or not options.overwrite  # with both it goes on, else begins
+    options.resume = resumes(output, options)
     if not (options.resume or trained):  # else the checkpoint's settings are checked
         check_config(cfg, problems)
     raise_problems(problems.values(), title="wrong settings:")
@@ -457,7 +463,7 @@ def require_data_folder(cfg, options):
 if __name__ == "__main__" and process_number("WORLD_SIZE") == 1:
     try:  # --help and what is wrong are told before the imports, which take seconds
         require_data_folder(*parse_command_line(sys.argv[1:]))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -792,7 +798,8 @@ class Run:
         except OSError as error:
             raise ValueError(f"OUTPUT_DIR: expected a folder to write to ({error})") from None
         for left in self.folder.rglob(".writing-*"):  # by killed runs
-            ended = not Path("/proc", left.name.split("-")[1]).exists()
+            number = left.name.split("-")[1]  # of the process; in containers often this one's
+            ended = number == str(os.getpid()) or not Path("/proc", number).exists()
             top, *below = left.relative_to(self.folder).parts
             # Elsewhere another run may be writing, of another computer, whose processes we miss.
             own = not below or top in ("checkpoints", "logs", "multi_plane", "predictions")
@@ -951,7 +958,7 @@ def find_cases(cfg):
             entities[mask] = {pair for pair in entities[mask] if pair[0] not in ("space", "res")}
     # A mask fits the scan of the same entities, else one whose name holds all of the mask's.
     own = {m: [s for s in scans if entities[m] == entities[s]] for m in masks}
-    pairs = [(s, m) for s in scans for m in masks if entities[m] <= entities[s]]
+    pairs = [(s, m) for s in scans for m in masks if s != m and entities[m] <= entities[s]]
     pairs = [(s, m) for s, m in pairs if not own[m] or s in own[m]]
     groups = [("scan for this mask", m, [s for s, mask in pairs if mask == m]) for m in masks]
     groups += [("mask for this scan", s, [m for scan, m in pairs if scan == s]) for s in scans]
@@ -3830,12 +3837,15 @@ def require_same_folds(cfg, options):
     runs, begun = folds(cfg)
     options.given.pop("FOLD")  # each has its own
     for run in begun if len(begun) < len(runs) else ():
-        if not run.last.exists():  # finished, and left alone
-            continue
-        content = read_checkpoint(run.last, CHECKPOINT_KEYS + LAST_KEYS)
-        then, now = asdict(restore_config(content, run.last, cfg, options)), asdict(cfg)
+        now, goes_on = asdict(cfg), run.last.exists()  # else it is finished, and left alone
+        if goes_on:
+            content = read_checkpoint(run.last, CHECKPOINT_KEYS + LAST_KEYS)
+            then = asdict(restore_config(content, run.last, cfg, options))
+        else:
+            then = settings_of(read_json(run.scores)["config"], {})
         now |= {} if any(now["PIX_DIM"]) else {"PIX_DIM": then["PIX_DIM"]}
-        compared = names(Data, Split, Grid, Network, Training, Length, Decision) - {"FOLD"}
+        compared = names(Split, Grid, Network, Training) - {"FOLD"}
+        compared |= names(Data, Length, Decision) if goes_on else set()
         differ = list_differences(then, now, compared)
         told = f"{run.folder} has other settings than folds not begun would have: "
         told += ", ".join(f"{name} {words(then[name])}, not {words(now[name])}" for name in differ)
@@ -3877,6 +3887,8 @@ def main(argv=None, every_fold=False, stale=()):
                 require_same_folds(cfg, options)
             if not all_folds:
                 with joined_processes(cfg):
+                    told = "the processes do not agree on whether there is a run to go on with"
+                    require(len({*gather([options.resume])}) == 1, told)
                     work = (set_up_trained if trained else set_up_training)(cfg, options)
                     for run in stale if first_process() else ():
                         if run.results():

@@ -247,48 +247,49 @@ INTRODUCTION = f"""\
 # Recipes compared
 
 Written by `benchmarks/accuracy.py`. The PVS are **simulated**. Networks are small (three halvings,
-16 channels at full resolution, EfficientNet-B0 in UNet++), steps are two patches of 64^3. The
-script's start at the log-odds, with a BatchNorm momentum of 0.1. Training is short, on one thread
-of a CPU and one process for patches. Scores are means over test heads and seeds on the **native
-grid**, at threshold 0.5, with the 95 % bootstrap interval over heads and seeds. Differences are to
-`{BASE}`, paired by head and seed: one counts if its interval leaves out 0. Spread: the largest less
-the smallest mean Dice of a seed. Best threshold: of 0.1 to 0.9, by the Dice of the test heads, for
-each seed, with its gain over 0.5. With calibrated probabilities it is half the Dice reached (Lipton
-et al. 2014, 10.1007/978-3-662-44851-9_15). Another scanner: the same test heads with other
-contrast, blur, bias field, noise, intensities, and voxels of 0.9 x 0.9 x 1 mm. Of 12 heads an epoch
-is 12 steps; `{NNUNET}`'s are counted so always.
+nnU-Net four; 16 channels at full resolution, EfficientNet-B0 in UNet++), steps are two patches of
+64^3. The script's own networks start at the log-odds, with a BatchNorm momentum of 0.1. Training is
+short, on one thread of a CPU and one process for patches. Scores are means over test heads and
+seeds on the **native grid**, at threshold 0.5, with the 95 % bootstrap interval over heads and
+seeds. Differences are to `{BASE}`, paired by head and seed: one counts if its interval leaves out
+0. Spread: the largest less the smallest mean Dice of a seed. Best threshold: of 0.1 to 0.9, by the
+Dice of the test heads, for each seed, with its gain over 0.5. With calibrated probabilities it is
+half the Dice reached (Lipton et al. 2014, 10.1007/978-3-662-44851-9_15). Another scanner: the same
+test heads with other contrast, blur, bias field, noise, intensities, and voxels of 0.9 x 0.9 x 1
+mm. Of 12 heads an epoch is 12 steps; `{NNUNET}`'s epochs are 12 steps always.
 
 The heads on the MNI template are copies of it, each warped differently, with simulated PVS of their
 own. What made them is not part of this project (`--data-dir` takes any folder). The simulated heads
-are those of `benchmarks/heads.py`, in two tables of an earlier version of the script.
+are those of `benchmarks/heads.py`; their two tables are of an earlier version of the script.
 """
 
 LEFT_OUT = """\
 ## What stays in `native`, and why
 
-By the tables of 28 epochs these have gains that count: deep supervision (F1) and mirrored views
-(Dice) on the same scanner, the higher rate on both (Dice; F1 on another), `native`'s own patches on
-another scanner. Mirroring as a whole and the bias field have none there. On 17 **former heads** of
-the same making, before deep supervision (28 epochs, three seeds), they had. Gains in Dice there,
-same and another scanner: mirroring 0.012, 0.014; bias field 0.002, 0.016; own patches 0.001, 0.033;
-higher rate 0.015, 0.023. So all of them stay. Own patches cost Dice on the same scanner: what they
+By the tables of 28 epochs these have gains that count. On both scanners: deep supervision (F1) and
+the higher rate (Dice). On the same scanner: mirrored views (Dice). On another: `native`'s own
+patches (Dice, F1) and the higher rate (F1). Mirroring as a whole and the bias field have none
+there. On 17 **former heads** of the same making, before deep supervision (28 epochs, three seeds),
+they had. Gains in Dice there, same and another scanner: mirroring 0.012, 0.014; bias field 0.002,
+0.016; own patches 0.001, 0.033; higher rate 0.015, 0.023. So all of them stay. Own patches cost
+Dice on the same scanner, and on the former heads the higher rate cost F1 there (0.012): what they
 gain is more.
 
 On the former heads in 40 minutes deep supervision gained Dice 0.006 (0.002 to 0.010) and, on
-another scanner, F1 0.019 (0.005 to 0.037). In 8 minutes nothing counted. Another program trained
-it, with a loss of the same kind.
+another scanner, F1 0.019 (0.005 to 0.037). In 8 minutes nothing counted there. Those networks were
+trained by another program, with a loss of the same kind.
 
 In 8 minutes (11 epochs) nnU-Net's probabilities hardly pass 0.5, so its Dice is 0. Cut at 0.1, two
 of its three seeds reach 0.61 and 0.56 (another scanner 0.27 and 0.34). It makes fewer steps a
-minute, one reason being that it works in float32 on a CPU, `native` in bfloat16. By steps, half of
-its 54 epochs are enough: after 28 `native` is at 0.861 and 0.600, nnU-Net after 54 at 0.815 and
-0.365. Its third seed ended 0.09 below the others.
+minute; one reason is that it works in float32 on a CPU, `native` in bfloat16. By steps, too,
+`native` is ahead: after 28 epochs it is at 0.861 and 0.600, nnU-Net after 54 at 0.815 and 0.365.
+nnU-Net's third seed ended 0.09 below its others.
 
 Two parts stay without a gain that counts. Under poly a run by the clock ends, and seeds agree: on
 another scanner within 0.011 on both sets of heads, under plateau within 0.051 and 0.056. The blur
-hardly matters. With it F1 is 0.007 higher on another scanner (former heads 0.006), and 0.003 lower
-on the same one (former heads 0.009, 0.001 to 0.022, a loss that counts). It stays because every
-table here was made with it.
+hardly matters. With it F1 is 0.007 higher on another scanner (former heads 0.006). On the same one
+it is 0.003 lower (former heads 0.009, 0.001 to 0.022, a loss that counts). It stays because the
+other rows of `native` were made with it.
 
 ## Tried and left out
 

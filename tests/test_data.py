@@ -426,6 +426,7 @@ def test_mask_is_of_the_scan_of_its_own_name_and_no_scan_itself(data, run):
 def test_disk_that_cannot_hold_the_cache_is_told(data, run, monkeypatch):
     done(run("--check"))
     monkeypatch.setattr(train_pvs, "free_disk", lambda _: 3e6)
+    done(run("--check"))  # all is there
     refused(run("--check", "--pix-dim", 2), "the cache takes some", "--cache-dir")
 
 

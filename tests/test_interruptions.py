@@ -159,7 +159,7 @@ def test_folder_of_a_running_training_is_refused_until_it_is_killed(begin, again
     os.kill(run.pid, signal.SIGKILL)
     run.process.join(5)
     # What was left here, and what other commands write, here and (another computer's) in a fold.
-    places = ("predictions", run.pid), ("predictions", os.getpid()), ("fold-1", run.pid)
+    places = ("predictions", run.pid), ("predictions", os.getppid()), ("fold-1", run.pid)
     files = [run.out / f"{place}/.writing-{pid}-x" for place, pid in places]
     for file in files:
         train_pvs.write_file(file, "half a file")

@@ -252,7 +252,7 @@ def test_all_folds_run_one_after_another_and_go_on(data, run, tmp_path, monkeypa
     refused(run("--folds", 3, "--fold", "all"), "fold-1", "--overwrite")
     places = ("--data-dir", data, "--output-dir", tmp_path / "out")
     other = call(*places, "--folds", 3, "--fold", "all", "--resume")  # other flags are forgotten
-    refused(other, "fold-2 has", "EPOCHS 1, not 1000", "all flags of the first command")
+    refused(other, "fold-1 has", "BATCH_SIZE 1, not 2", "all flags of the first command")
     best = tmp_path / "out/fold-2/checkpoints/best_model.pth"
     former = best.stat().st_mtime_ns
     with monkeypatch.context() as patch:
