@@ -605,9 +605,8 @@ def stopping_on_signals():
             os._exit(128 + number)
         stop_signals.append(number)
         # The workers may get it, too, and torch would raise an error of its own about their end.
-        former.callback(
-            signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        )
+        torchs = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        former.callback(signal.signal, signal.SIGCHLD, torchs)
         sys.unraisablehook = lambda _: None  # of destructors that meet half of what they expect
         raise KeyboardInterrupt
 
@@ -700,6 +699,12 @@ def write_csv(path, rows):
     table = ([f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows)
     csv.writer(buffer).writerows([rows[0], *table])
     write_file(path, buffer.getvalue())
+
+
+def write_tsv(path, columns, rows):
+    """Write a table as BIDS wants it: tabs, n/a for None."""
+    lines = [["n/a" if row[name] is None else str(row[name]) for name in columns] for row in rows]
+    write_file(path, "".join("\t".join(line) + "\n" for line in [columns, *lines]))
 
 
 def read_participants(folder):
@@ -946,7 +951,8 @@ def find_cases(cfg):
     told = f"{cfg.DATA_DIR}: no such folder, or it cannot be read (DATA_DIR)"
     require(os.access(cfg.DATA_DIR, os.R_OK | os.X_OK), told, FileNotFoundError)
     scans, masks = (find_files(cfg.DATA_DIR, p) for p in (cfg.IMAGE_GLOB, cfg.LABEL_GLOB))
-    scans = [path for path in scans if path not in {*masks}] or scans  # a wide glob finds both
+    drawn = {*masks}
+    scans = [path for path in scans if path not in drawn] or scans  # a wide glob finds both
     found = f"{len(scans)} scans {cfg.IMAGE_GLOB}, {len(masks)} masks {cfg.LABEL_GLOB}"
     told = f"{cfg.DATA_DIR}: expected scans and masks, found {found}; other names: --image-glob, "
     require(scans and masks, f"{told}--label-glob\n{HOW_TO_GET_DATA}", FileNotFoundError)
@@ -957,9 +963,9 @@ def find_cases(cfg):
         if not any(entities[mask] <= entities[scan] for scan in scans):
             entities[mask] = {pair for pair in entities[mask] if pair[0] not in ("space", "res")}
     # A mask fits the scan of the same entities, else one whose name holds all of the mask's.
-    own = {m: [s for s in scans if entities[m] == entities[s]] for m in masks}
     pairs = [(s, m) for s in scans for m in masks if s != m and entities[m] <= entities[s]]
-    pairs = [(s, m) for s, m in pairs if not own[m] or s in own[m]]
+    exact = {m for s, m in pairs if entities[m] == entities[s]}
+    pairs = [(s, m) for s, m in pairs if m not in exact or entities[m] == entities[s]]
     groups = [("scan for this mask", m, [s for s, mask in pairs if mask == m]) for m in masks]
     groups += [("mask for this scan", s, [m for scan, m in pairs if scan == s]) for s in scans]
     paired, problems = {scan for scan, _ in pairs}, []
@@ -1469,8 +1475,13 @@ def load_cached(case):
         raise OSError(f"{told}; the next run rebuilds it (CACHE_DIR: one for all nodes)") from None
 
 
+def hash_file(path):
+    """Return the hash of a file, by which it is known again."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def hash_voxels(volume):
-    """Return the hash of a volume, or of a file's bytes, by which it is known again."""
+    """Return the hash of a native volume (1, X, Y, Z) by which it is known again."""
     return hashlib.sha256(np.ascontiguousarray(volume)).hexdigest()
 
 
@@ -2817,9 +2828,7 @@ def write_prediction(run, case, affine, pvs, prob, cfg):
         numbers = f"{start}_seg-PVS_desc-{desc}_dseg"
         write_nifti(f"{numbers}.nii.gz", own, case.image)
         rows = measure_components(own, affine, probs, other)
-        lines = [PVS_COLUMNS, *(row.values() for row in rows)]
-        cells = (["n/a" if value is None else str(value) for value in line] for line in lines)
-        write_file(f"{numbers}.tsv", "".join("\t".join(line) + "\n" for line in cells))
+        write_tsv(f"{numbers}.tsv", PVS_COLUMNS, rows)
     return f"{label}_mask.nii.gz"
 
 
@@ -3162,7 +3171,6 @@ TESTED |= {"volume_ml_pred": "predicted ml", "grade_label": "true grade"}
 TESTED["grade_pred"] = "predicted grade"
 COUNTED = {"count": "PVS", "volume_ml": "ml", "section_count": "on the busiest section"}
 COUNTED |= {"grade": "its grade, 0 to 4", "seen_in": "seen in"}
-JPEG_URL = "data:image/jpeg;base64,"
 
 
 def thumbnail(section):
@@ -3172,7 +3180,12 @@ def thumbnail(section):
     picture = picture.resize((round(256 * width / height), 256), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", subsampling=0)  # keeps PVS of one voxel
-    return JPEG_URL + base64.b64encode(buffer.getvalue()).decode()
+    return embed(buffer.getvalue())
+
+
+def embed(picture):
+    """Return the bytes of a JPEG as a data URL."""
+    return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
 
 
 def read_thumbnails(run):
@@ -3209,8 +3222,8 @@ def describe_run(run, cfg, blocks):
         parts += ["<h2>Scores</h2>", to_html(titles, scores)]
     for name, picture in {"Training": run.curves, "Agreement": run.agreement}.items():
         if picture.exists():
-            source = JPEG_URL + base64.b64encode(picture.read_bytes()).decode()
-            parts += [f"<h2>{name}</h2>", f'<img alt="{name}" src="{source}">']
+            image = f'<img alt="{name}" src="{embed(picture.read_bytes())}">'
+            parts += [f"<h2>{name}</h2>", image]
     if run.split.exists():
         split = [(part, len(s), " ".join(s)) for part, s in read_json(run.split).items()]
         below += ["<h2>Split</h2>", to_html(("part", "subjects", ""), split, "words")]
@@ -3402,7 +3415,7 @@ def segment_scan(run, model, case, contents, cfg):
     row = {"participant_id": case.subject, "name": case.name, "count": count, "volume_ml": volume}
     row |= dict(zip(RATING, rating, strict=True)) | {"seen_in": "".join(seen[:1])}
     row |= {"trained_on": training_set(contents), "validation_dice": float(np.mean(dices))}
-    row |= {"scan": case.image, "scan_sha256": hash_voxels(np.fromfile(case.image, np.uint8))}
+    row |= {"scan": case.image, "scan_sha256": hash_file(case.image)}
     return row | {"mask": os.path.relpath(mask, run.logs)}, thumbnail(sections[0])
 
 
@@ -3439,7 +3452,7 @@ def read_done(run, cases, made, cfg):
         require(whole, f"{run.burden}: {told}. {remedy}")
         scan, mask = scans.get(row["name"]), run.logs / row["mask"]
         prob = mask.with_name(mask.name.replace("_mask.nii", "_probseg.nii"))
-        if scan and hash_voxels(np.fromfile(scan, np.uint8)) != row["scan_sha256"]:
+        if scan and hash_file(scan) != row["scan_sha256"]:
             problems.append(f"{scan}: expected the scan that {row['name']} was, {row['scan']}")
         elif scan and not mask.exists():
             continue
@@ -3827,9 +3840,8 @@ def folds(cfg):
     """Return the runs of all folds, and those of them that have begun."""
     top = Path(cfg.OUTPUT_DIR).parent
     runs = [Run(top / f"fold-{fold}") for fold in range(1, cfg.FOLDS + 1)]
-    return runs, [
-        r for r in runs if not r.stale.exists() and (r.last.exists() or r.scores.exists())
-    ]
+    begun = [r for r in runs if not r.stale.exists() and (r.last.exists() or r.scores.exists())]
+    return runs, begun
 
 
 def require_same_folds(cfg, options):
