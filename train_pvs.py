@@ -951,8 +951,10 @@ def find_cases(cfg):
     told = f"{cfg.DATA_DIR}: no such folder, or it cannot be read (DATA_DIR)"
     require(os.access(cfg.DATA_DIR, os.R_OK | os.X_OK), told, FileNotFoundError)
     scans, masks = (find_files(cfg.DATA_DIR, p) for p in (cfg.IMAGE_GLOB, cfg.LABEL_GLOB))
-    drawn = {*masks}
-    scans = [path for path in scans if path not in drawn] or scans  # a wide glob finds both
+    both = {*scans} & {*masks}  # found by a wide IMAGE_GLOB
+    told = f"{cfg.DATA_DIR}: LABEL_GLOB finds every scan, too; narrow it: {cfg.LABEL_GLOB}"
+    require(not both or {*scans} - both, told)
+    scans = [path for path in scans if path not in both]
     found = f"{len(scans)} scans {cfg.IMAGE_GLOB}, {len(masks)} masks {cfg.LABEL_GLOB}"
     told = f"{cfg.DATA_DIR}: expected scans and masks, found {found}; other names: --image-glob, "
     require(scans and masks, f"{told}--label-glob\n{HOW_TO_GET_DATA}", FileNotFoundError)
@@ -963,7 +965,7 @@ def find_cases(cfg):
         if not any(entities[mask] <= entities[scan] for scan in scans):
             entities[mask] = {pair for pair in entities[mask] if pair[0] not in ("space", "res")}
     # A mask fits the scan of the same entities, else one whose name holds all of the mask's.
-    pairs = [(s, m) for s in scans for m in masks if s != m and entities[m] <= entities[s]]
+    pairs = [(s, m) for s in scans for m in masks if entities[m] <= entities[s]]
     exact = {m for s, m in pairs if entities[m] == entities[s]}
     pairs = [(s, m) for s, m in pairs if m not in exact or entities[m] == entities[s]]
     groups = [("scan for this mask", m, [s for s, mask in pairs if mask == m]) for m in masks]
